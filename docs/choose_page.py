@@ -6,6 +6,7 @@ from pathlib import Path
 
 from result_pages import title
 from rule_pages import (
+    NO_AUDIT,
     accuracies,
     audit_table,
     benchmark_rows,
@@ -20,8 +21,6 @@ from rule_pages import (
 )
 from sweep_pages import best_of_all
 from tables import Row, grouped, load, number, present, table, toml
-
-NO_AUDIT = "No audit of plausibility is kept in `results/audit` yet."
 
 
 def choice(root: Path) -> dict[str, str]:

@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 
 from result_pages import NOTE, joined, judged
-from tables import Row, console, table, tabulate, text, toml
+from tables import Row, code, console, table, tabulate, texts, toml
 
 from apical.cli.reproduce import measured
 
 VERDICTS = ("reproduced", "not reproduced", "budget too small to tell", "not run")
 *_, SOURCES = toml("sources").values()
-COLUMNS = {"verdict": text("verdict"), "what": text("what"), "rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-"}
-COLUMNS |= {
-    "reference": text("reference"),
-    "ours": lambda row: measured(dict(row)),
-    "n": text("n"),
-    "source": text("source"),
-}
+COLUMNS = {**texts("verdict", "what"), "rule": code("rule"), **texts("reference")}
+COLUMNS |= {"ours": lambda row: measured(dict(row)), **texts("n", "source")}
 
 
 def reproduction_page(records: Sequence[Row]) -> str:

@@ -27,6 +27,7 @@ from tables import (
     table,
     tabulate,
     text,
+    texts,
     toml,
     words,
 )
@@ -170,7 +171,7 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
         value = f"{shown(row, 'published')}"
         return f"at least {value}" if row["tolerance"] is None else f"{value} ± {row['tolerance']:g}"
 
-    columns = {"verdict": text("verdict"), "what": text("what"), "rule": code("rule"), "epoch": text("epoch")}
+    columns = {**texts("verdict", "what"), "rule": code("rule"), **texts("epoch")}
     columns |= {"reference": expected, "source": text("tag")}
     columns["measured"] = lambda row: plus_minus(shown(row, "measured") or "-", shown(row, "spread"))
     return judged(tabulate(verdicts, columns | {"seeds": text("n")}, numeric_from=99), "published")
@@ -324,9 +325,8 @@ def _study_verdicts(results: Row) -> list[str]:
     parts = []
     if results.get("verdicts"):
         meaning = "\n".join(f"- *{name}*: {about}" for name, about in (results.get("sources") or {}).items())
-        columns = {"verdict": text("verdict"), "what": text("what")}
-        columns |= {"rule": lambda row: f"`{row['rule']}`" if row["rule"] else "-", "mark": text("mark")}
-        columns |= {"measured": _measured, "n": text("n"), "source": text("source"), "figure": text("figure")}
+        columns = {**texts("verdict", "what"), "rule": code("rule"), **texts("mark"), "measured": _measured}
+        columns |= texts("n", "source", "figure")
         parts += ["## Verdicts", meaning, judged(tabulate(results["verdicts"], columns, numeric_from=99), "marks")]
     if results.get("axes"):
         inside = {True: "inside", False: "outside", None: "not run"}

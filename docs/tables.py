@@ -94,13 +94,18 @@ def tabulate(rows: Iterable[Row], columns: Mapping[str, Cell], numeric_from: int
 
 
 def code(key: str) -> Cell:
-    """The cell of a name."""
-    return lambda row: f"`{row[key]}`"
+    """The cell of a name; a dash for nothing."""
+    return lambda row: f"`{row[key]}`" if row[key] else "-"
 
 
 def text(key: str) -> Cell:
     """The cell of anything else; a dash for nothing."""
     return lambda row: str(row[key] or "-")
+
+
+def texts(*keys: str) -> dict[str, Cell]:
+    """The cells of columns that are called after what they show."""
+    return {key: text(key) for key in keys}
 
 
 def number(value: Any, digits: int, form: str = "f") -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from apical import data
-from apical.bench import compare, sweep
+from apical.bench import compare, provenance, sweep
 from apical.bench.checkpoint import digest, read_sealed, write_sealed
 from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
@@ -115,7 +115,7 @@ def quick() -> Iterator[None]:
         for module in (commands, compare, sweep):
             patch.setattr(module, "load_data", lambda recipe: load(recipe.data, train_limit=64, test_limit=32))
         patch.setattr(report.figures, "draw", lambda comparison: [])
-        patch.setattr(compare, "environment", lambda *_: {"commit": None})
+        patch.setattr(provenance, "environment", lambda *_: {"commit": None})
         yield
 
 

@@ -17,7 +17,6 @@ from apical.bench.distributed import World, pick_device
 from apical.bench.folders import check_writable, refuse_links, refuse_used
 from apical.bench.loop import MakeRule, Training
 from apical.bench.materials import load_data
-from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import FolderLock, RunFolder
 from apical.bench.signals import Interrupted, StopSignals
@@ -199,12 +198,7 @@ def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh, held: E
         dataset = runs[-1].dataset if runs else load_data(recipe)
         training = Training(recipe, dataset, job.make_rule, folder, world, stop)
         try:
-            training.start(
-                resume=state == "resumable",
-                command=job.command,
-                notes=job.notes.get(rule, []),
-                environment=environment(str(world.device), torch.get_num_threads()),
-            )
+            training.start(resume=state == "resumable", command=job.command, notes=job.notes.get(rule, []))
         except DivergenceError:
             continue
         runs.append(training)

@@ -1,6 +1,8 @@
 """Findings: verdicts on our own marks, from means and paired differences over seeds, as rows of a study's table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from types import MappingProxyType
 from typing import Any
 
@@ -68,13 +70,28 @@ def _row(figure: str, rule: str, what: str, mark: str, measured: Row, holds: boo
     return {**around, **measured, "source": "our mark", "verdict": verdict}
 
 
+def series(cells: Sequence[Mapping[str, Any]], *path: Any) -> list[Any]:
+    """What stands at the end of a path of keys and places, one value per meta-seed.
+
+    >>> series([{"bp": [0.5, 0.75]}, {"bp": [0.25, 1.0]}], "bp", -1)
+    [0.75, 1.0]
+    """
+    return [reduce(getitem, path, cell) for cell in cells]
+
+
 def by_name(cells: Sequence[Mapping[str, Any]], part: str) -> dict[str, list[Any]]:
     """What a part of the cells holds: name -> one value per meta-seed.
 
     >>> by_name([{"arms": {"bp": 1, "fa": 2}}, {"arms": {"bp": 3, "fa": 4}}], "arms")
     {'bp': [1, 3], 'fa': [2, 4]}
     """
-    return {name: [cell[part][name] for cell in cells] for name in cells[0][part]}
+    return {name: series(cells, part, name) for name in cells[0][part]}
+
+
+def table(title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> Row:
+    """A table of texts and of values over meta-seeds, which are shown as their mean with its 95 % interval."""
+    lines = [[cell if isinstance(cell, str) else shown(cell) for cell in row] for row in rows]
+    return {"title": title, "note": note, "header": [*header], "rows": lines}
 
 
 def mean_table(
@@ -87,8 +104,8 @@ def mean_table(
         runs: what was measured under each name, once per meta-seed.
         measures: key of a measure -> heading of its column.
     """
-    rows = [[name, *(shown([run[key] for run in of_name]) for key in measures)] for name, of_name in runs.items()]
-    return {"title": title, "note": note, "header": [first, *measures.values()], "rows": rows}
+    rows = ([name, *(series(of_name, key) for key in measures)] for name, of_name in runs.items())
+    return table(title, note, [first, *measures.values()], rows)
 
 
 def interval(row: Row) -> str:

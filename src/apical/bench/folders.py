@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apical.errors import ConfigError
+from apical.errors import CheckpointError, ConfigError
 
 LOCK = ".lock"
 """File by which a process holds a folder."""
@@ -61,6 +62,15 @@ def refuse_used(path: Path, remedy: str = "add --resume to continue it, --overwr
     """Raise ConfigError if the folder holds anything but a lock."""
     if is_used(path):
         raise ConfigError(f"--out {path} is not empty; {remedy}")
+
+
+def refuse_unlike(path: Path, unlike: Sequence[str]) -> None:
+    """Raise CheckpointError if what the folder holds was made with other options: each as "name: saved vs asked"."""
+    if unlike:
+        raise CheckpointError(
+            f"{path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+            "resume with the saved ones or choose another --out"
+        )
 
 
 def refuse_links(path: Path, out: Path) -> None:

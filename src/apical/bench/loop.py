@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from apical.bench import checkpoint
+from apical.bench import checkpoint, provenance
 from apical.bench.compilation import CompiledStep, check_compiler
 from apical.bench.distributed import World, place
 from apical.bench.materials import build_model
@@ -136,8 +136,11 @@ class Training:
         """Steps of all passes in all epochs."""
         return total_steps(self.recipe, self.recipe.epochs, self.steps_per_epoch)
 
-    def start(self, *, resume: bool, command: str, notes: list[str], environment: dict[str, Any]) -> None:
+    def start(self, *, resume: bool, command: str, notes: list[str], environment: Mapping[str, Any] | None = None) -> None:
         """Continue from the folder's checkpoint, or make the folder and measure epoch 0.
+
+        Args:
+            environment: what is kept of machine and versions; None looks.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run.
@@ -155,6 +158,8 @@ class Training:
             if self.epoch == self.recipe.epochs:  # it was killed between its last checkpoint and its end
                 self._keep_pictures()
         elif self.world.is_main:
+            if environment is None:
+                environment = provenance.environment(str(self.device), torch.get_num_threads(), self.world.size)
             around = {**environment, "data_source": self.dataset.source}
             self.folder.create(self.recipe, command=command, notes=notes, environment=around)
             placement_section.keep(self.folder.path, self.rule, self.dataset.train.inputs)

@@ -76,6 +76,7 @@ def fit(
 
 
 @torch.no_grad()
-def accuracy(rule: CreditRule, test: Split) -> float:
-    """Share of the samples whose class the rule's network answers."""
-    return float((rule.answer(test.inputs).argmax(1) == test.targets).double().mean())
+def accuracy(rule: CreditRule, test: Split, batch: int | None = None) -> float:
+    """Share of the samples whose class the rule's network answers, all at once or in batches."""
+    answers = torch.cat([rule.answer(part) for part in test.inputs.split(batch or len(test))])
+    return float((answers.argmax(1) == test.targets).double().mean())

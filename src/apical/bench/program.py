@@ -135,6 +135,7 @@ class SeedStudy:
     Attributes:
         module: that it stands in, which `python -m` runs.
         passes: what its epochs are, where they are no passes over all the data.
+        out: where results go if nothing else is asked for; a folder named after the module without this.
     """
 
     module: str
@@ -143,15 +144,16 @@ class SeedStudy:
     cell: Callable[[int, int], dict[str, Any]]
     verdicts: Callable[[Cells], list[Row]]
     tables: Callable[[Cells], list[Row]]
-    out: str
     seeds: int = 5
     epochs: int = 20
     jobs: int = 0
     passes: str = ""
+    out: str = ""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command line; returns the exit status."""
-        default = SeedOptions(Path(self.out), self.seeds, self.jobs, self.epochs)
+        out = Path(self.out or f"results/{'-'.join(self.module.split('.')[1:])}")
+        default = SeedOptions(out, self.seeds, self.jobs, self.epochs)
         description = f"{self.about['title']}. " + (f"Epochs: {self.passes}" if self.passes else "")
         return run_command(self.module, SeedOptions, self._run, arguments, default=default, description=description)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from apical.bench import own_rules
 from apical.bench.checkpoint import REMEDY, write_atomically
 from apical.bench.distributed import World
-from apical.bench.folders import LOCK, check_writable, is_used, refuse_used
+from apical.bench.folders import LOCK, check_writable, is_used, refuse_unlike, refuse_used
 from apical.bench.provenance import commit as commit
 from apical.bench.provenance import environment as environment
 from apical.bench.recipe import Recipe, bare_rule, differences, from_json
@@ -64,12 +64,8 @@ class RunFolder:
                 raise CheckpointError(f"{self.path} has a checkpoint but no config.json; start again with --overwrite")
             return "fresh"
         saved = read_json(self.config)
-        unlike = differences(saved, recipe.to_json()) + own_rules.changes(bare_rule(recipe.rule), saved.get("notes"))
-        if unlike:
-            raise CheckpointError(
-                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
-                "resume with the saved ones or choose another --out"
-            )
+        changes = own_rules.changes(bare_rule(recipe.rule), saved.get("notes"))
+        refuse_unlike(self.path, differences(saved, recipe.to_json()) + changes)
         if self.result.exists():
             result = read_json(self.result)
             if result.get("status") == "diverged":

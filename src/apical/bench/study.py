@@ -87,6 +87,11 @@ def rows_of(
     return {rule: Row(replace(base, rule=rule, **own.get(rule, {})), published.get(rule, ())) for rule in rules}
 
 
+def options_of(**options: Any) -> tuple[str, ...]:
+    """Options of a rule's constructor as a recipe has them: "name=value"."""
+    return tuple(f"{name}={value}" for name, value in options.items())
+
+
 def from_file(path: Path) -> Study:
     """The study in a file {"title": ..., "rows": {rule: recipe}}, without published numbers.
 

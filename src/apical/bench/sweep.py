@@ -23,7 +23,6 @@ from apical.bench.distributed import World, pick_device
 from apical.bench.folders import refuse_links, remove_tree
 from apical.bench.loop import MakeRule, Training
 from apical.bench.materials import OF_DATA, load_data
-from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe
 from apical.bench.run_folder import RunFolder
 from apical.bench.signals import StopSignals
@@ -118,8 +117,7 @@ def train(
     try:
         device = pick_device(recipe.device)
         training = Training(recipe, for_trials(load(recipe)), make_rule, folder, World(0, 1, device), stop)
-        around = environment(str(device), torch.get_num_threads())
-        training.start(resume=state == "resumable", command=command, notes=[NOTE], environment=around)
+        training.start(resume=state == "resumable", command=command, notes=[NOTE])
         while training.epoch < recipe.epochs:
             training.train_epoch()
         write_state(folder.result, training.result())

@@ -39,7 +39,6 @@ from apical.bench.names import (
 from apical.bench.network import SAMPLES, measured
 from apical.bench.papers import studies
 from apical.bench.progress import Watch, Watched, describe, results_table, shown_path
-from apical.bench.provenance import environment
 from apical.bench.recipe import Recipe, rule_name
 from apical.bench.report import folder as report
 from apical.bench.run_folder import RunFolder
@@ -163,9 +162,8 @@ def train(flags: "Train", command: str) -> int:
         if state == "diverged":
             raise DivergenceError(str(read_json(folder.result).get("message", "the run diverged")))
         training = Training(recipe, load_data(recipe), make_rule, folder, world, stop)
-        around = environment(str(world.device), torch.get_num_threads(), world.size)
         try:
-            training.start(resume=state == "resumable", command=command, notes=notes, environment=around)
+            training.start(resume=state == "resumable", command=command, notes=notes)
             with progress_of(training, world.is_main) as (on_step, on_line):
                 on_line()
                 while training.epoch < recipe.epochs:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from apical.bench.finding import Row, at_least, shown
+from apical.bench.finding import Row, at_least, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
@@ -70,7 +70,7 @@ def verdicts(cells: Cells) -> list[Row]:
             spreads = [max(values) - min(values) for values in (_of(cell, damping, rule, "test") for cell in cells)]
             rows.append(at_least("CWU", f"cwu:{rule}", what, [0.03 - spread for spread in spreads], 0.0))
         what = f"damping {damping}: lowest cosine of a layer's change to what was asked for"
-        rows.append(at_least("CWU", "cwu:bp", what, [cell[damping]["cosine"] for cell in cells], 0.99))
+        rows.append(at_least("CWU", "cwu:bp", what, series(cells, damping, "cosine"), 0.99))
     return rows
 
 
@@ -80,17 +80,16 @@ def _of(cell: dict[str, Any], damping: str, rule: str, measure: str) -> list[flo
 
 def tables(cells: Cells) -> list[Row]:
     """Accuracies on both sets and the growth of the first weight, by damping and rate."""
-    measures = ("test", "train", "growth")
     rows = [
         [f"cwu:{rule}", damping, f"{lr:g}"]
-        + [shown([cell[damping]["runs"][rule][str(lr)][measure] for cell in cells]) for measure in measures]
+        + [series(cells, damping, "runs", rule, str(lr), measure) for measure in ("test", "train", "growth")]
         for rule, rates in SOLVED.items()
         for damping in map(str, DAMPING)
         for lr in rates
     ]
     note = "Means over seeds with 95 % intervals; growth is the norm of the first weight over its initial one."
     header = ["rule", "damping", "learning rate", "test accuracy", "training accuracy", "growth"]
-    return [{"title": "By damping and learning rate", "note": note, "header": header, "rows": rows}]
+    return [table("By damping and learning rate", note, header, rows)]
 
 
 main = SeedStudy(
@@ -100,7 +99,6 @@ main = SeedStudy(
     _cell,
     verdicts,
     tables,
-    out="results/around-damping",
     epochs=5,
 )
 

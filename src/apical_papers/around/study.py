@@ -8,13 +8,14 @@ updates around three rules over a 20-fold range of learning rates beside the bar
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.finding import Row, at_least, difference, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.interference import interference
 from apical.rules.backprop import Backprop
@@ -144,7 +145,7 @@ def solver_verdicts(cells: Cells) -> list[Row]:
         rows.append(at_least("CWU", name, f"3 points minus the {what}", [0.03 - s for s in _spread(cells, name)], 0.0))
         rows.append(at_least("CWU", rule, what, _spread(cells, rule), 0.03))
     for layer in cells[0]["cosines"]:
-        without, with_ = ([cell["cosines"][layer][i] for cell in cells] for i in range(2))
+        without, with_ = (series(cells, "cosines", layer, i) for i in range(2))
         rows.append(at_least("CWU", "cwu:bp", f"{layer} layer: cosine of the change to what was asked for", with_, 0.99))
         rows.append(at_least("CWU", "bp", f"{layer} layer: 1 minus that cosine", [1 - c for c in without], 0.4))
     return rows
@@ -153,20 +154,17 @@ def solver_verdicts(cells: Cells) -> list[Row]:
 def semi_implicit_verdicts(cells: Cells) -> list[Row]:
     """Stable over a 100-fold range of steps, where SGD is not; faster in the first epoch at the same number."""
 
-    def of(name: str, step: float, epoch: int) -> list[float]:
-        return [cell["semi-implicit"][name][str(step)][epoch] for cell in cells]
-
-    rows = [at_least("SIBP", "sibp", f"accuracy at eta {eta:g}", of("sibp", eta, -1), 0.85) for eta in ETAS]
-    rows.append(
-        at_least("SIBP", "bp", f"0.85 minus accuracy at lr {ETAS[-1]:g}", [0.85 - a for a in of("sgd", ETAS[-1], -1)], 0)
-    )
+    of = partial(series, cells, "semi-implicit")
+    rows = [at_least("SIBP", "sibp", f"accuracy at eta {eta:g}", of("sibp", str(eta), -1), 0.85) for eta in ETAS]
+    lost = [0.85 - accuracy for accuracy in of("sgd", str(ETAS[-1]), -1)]
+    rows.append(at_least("SIBP", "bp", f"0.85 minus accuracy at lr {ETAS[-1]:g}", lost, 0))
     what = f"epoch 1, eta = lr = {ETAS[0]:g}: accuracy minus that of bp"
-    rows.append(difference("SIBP", "sibp", what, of("sibp", ETAS[0], 0), of("sgd", ETAS[0], 0), less=False))
+    rows.append(difference("SIBP", "sibp", what, of("sibp", str(ETAS[0]), 0), of("sgd", str(ETAS[0]), 0), less=False))
     return rows
 
 
 def _accuracy(cells: Cells, key: str, arm: str, epoch: int) -> list[float]:
-    return [cell["grapes"][key][arm][epoch - 1] for cell in cells]
+    return series(cells, "grapes", key, arm, epoch - 1)
 
 
 def _spread(cells: Cells, name: str) -> list[float]:
@@ -176,46 +174,34 @@ def _spread(cells: Cells, name: str) -> list[float]:
 
 def tables(cells: Cells) -> list[Row]:
     """Accuracies and cosines, means over seeds with 95 % intervals."""
-    first, last = 1, len(cells[0]["grapes"][_key(2, RATES[0])]["bp"])
-    solver, semi = cells[0]["solver"], cells[0]["semi-implicit"]
+    of, last = partial(series, cells), len(cells[0]["grapes"][_key(2, RATES[0])]["bp"])
+    grapes, solver, cosines, semi = (cells[0][part] for part in ("grapes", "solver", "cosines", "semi-implicit"))
+    arms = [[key, arm, *(of("grapes", key, arm, i) for i in (0, -1))] for key, arms in grapes.items() for arm in arms]
     return [
-        {
-            "title": "Node importance",
-            "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval. matched: the mean gain for every unit.",
-            "header": ["network", "arm", f"epoch {first}", f"epoch {last}"],
-            "rows": [
-                [key, arm, *(shown(_accuracy(cells, key, arm, epoch)) for epoch in (first, last))]
-                for key, arms in cells[0]["grapes"].items()
-                for arm in arms
-            ],
-        },
-        {
-            "title": "Local solver, by learning rate",
-            "note": "Test accuracy (0 to 1) after the last epoch, mean over seeds with 95 % interval.",
-            "header": ["rule", "learning rates", "lowest", "middle", "highest"],
-            "rows": [
-                [name, ", ".join(runs), *(shown([cell["solver"][name][lr][-1] for cell in cells]) for lr in runs)]
-                for name, runs in solver.items()
-            ],
-        },
-        {
-            "title": "Interference",
-            "note": "Cosine of a batch's change of pre-activations to what the errors ask for: 64 samples, initial weights.",
-            "header": ["layer", "bp", "cwu:bp"],
-            "rows": [
-                [layer, *(shown([cell["cosines"][layer][i] for cell in cells]) for i in range(2))]
-                for layer in cells[0]["cosines"]
-            ],
-        },
-        {
-            "title": "Semi-implicit backpropagation, by step",
-            "note": "Test accuracy (0 to 1) after the first and the last epoch, mean over seeds with 95 % interval.",
-            "header": ["rule", *(f"step {step:g}, epoch {which}" for step in ETAS for which in ("1", "last"))],
-            "rows": [
-                [name, *(shown([cell["semi-implicit"][name][step][i] for cell in cells]) for step in runs for i in (0, -1))]
-                for name, runs in semi.items()
-            ],
-        },
+        table(
+            "Node importance",
+            "Test accuracy (0 to 1), mean over seeds with 95 % interval. matched: the mean gain for every unit.",
+            ["network", "arm", "epoch 1", f"epoch {last}"],
+            arms,
+        ),
+        table(
+            "Local solver, by learning rate",
+            "Test accuracy (0 to 1) after the last epoch, mean over seeds with 95 % interval.",
+            ["rule", "learning rates", "lowest", "middle", "highest"],
+            ([name, ", ".join(runs), *(of("solver", name, lr, -1) for lr in runs)] for name, runs in solver.items()),
+        ),
+        table(
+            "Interference",
+            "Cosine of a batch's change of pre-activations to what the errors ask for: 64 samples, initial weights.",
+            ["layer", "bp", "cwu:bp"],
+            ([layer, *(of("cosines", layer, i) for i in range(2))] for layer in cosines),
+        ),
+        table(
+            "Semi-implicit backpropagation, by step",
+            "Test accuracy (0 to 1) after the first and the last epoch, mean over seeds with 95 % interval.",
+            ["rule", *(f"step {step:g}, epoch {which}" for step in ETAS for which in ("1", "last"))],
+            ([name, *(of("semi-implicit", name, step, i) for step in runs for i in (0, -1))] for name, runs in semi.items()),
+        ),
     ]
 
 
@@ -226,7 +212,6 @@ main = SeedStudy(
     _cell,
     verdicts,
     tables,
-    out="results/around-study",
     epochs=6,
     passes="those of node importance; the others have one less.",
 )

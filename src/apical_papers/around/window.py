@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from apical.bench.finding import Row, at_least, shown
+from apical.bench.finding import Row, at_least, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical_papers.around.damping import BATCH, DAMPING, KEPT, WIDTHS
 from apical_papers.around.study import SETTINGS, accuracies
@@ -76,7 +76,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """Within 3 points of the best over the chosen range with the solver, and not without it."""
     rows = []
     for arm, (rule, options) in arms().items():
-        below = [cell[arm]["below"] for cell in cells]
+        below = series(cells, arm, "below")
         if not options:
             what = "how far the worst of the chosen range lies below the best"
             rows.append(at_least("CWU", rule, what, below, MARK))
@@ -93,29 +93,24 @@ def tables(cells: Cells) -> list[Row]:
     ranges = [
         [
             arm,
-            ", ".join(
-                f"{low:.3g} to {high:.3g} ({n})" for (low, high), n in Counter(tuple(c[arm]["range"]) for c in cells).items()
-            ),
-            shown([max(cell[arm]["tested"].values()) for cell in cells]),
-            shown([cell[arm]["below"] for cell in cells]),
+            _ranges(cells, arm),
+            [max(tested.values()) for tested in series(cells, arm, "tested")],
+            series(cells, arm, "below"),
         ]
         for arm in arms()
     ]
-    every = [[arm, *(shown([cell[arm]["tried"][str(lr)] for cell in cells]) for lr in RATES)] for arm in arms()]
+    every = ([arm, *(series(cells, arm, "tried", str(lr)) for lr in RATES)] for arm in arms())
+    about = "Means over seeds with 95 % intervals; below: best minus worst test accuracy (0 to 1) in the range."
+    note = "Test accuracy (0 to 1), means over seeds with 95 % intervals."
     return [
-        {
-            "title": "Chosen ranges, tested",
-            "note": "Means over seeds with 95 % intervals; below: best minus worst test accuracy (0 to 1) in the range.",
-            "header": ["rule", "range (seeds)", "best accuracy", "below"],
-            "rows": ranges,
-        },
-        {
-            "title": "All rates, by the seeds that chose",
-            "note": "Test accuracy (0 to 1), means over seeds with 95 % intervals.",
-            "header": ["rule", *(f"{lr:g}" for lr in RATES)],
-            "rows": every,
-        },
+        table("Chosen ranges, tested", about, ["rule", "range (seeds)", "best accuracy", "below"], ranges),
+        table("All rates, by the seeds that chose", note, ["rule", *(f"{lr:g}" for lr in RATES)], every),
     ]
+
+
+def _ranges(cells: Cells, arm: str) -> str:
+    counts = Counter(map(tuple, series(cells, arm, "range")))
+    return ", ".join(f"{low:.3g} to {high:.3g} ({n})" for (low, high), n in counts.items())
 
 
 main = SeedStudy(
@@ -127,7 +122,6 @@ main = SeedStudy(
     _cell,
     verdicts,
     tables,
-    out="results/around-window",
     epochs=5,
 )
 

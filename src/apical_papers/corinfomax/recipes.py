@@ -8,10 +8,10 @@ equilibrium propagation those on MNIST; and their networks have ReLU hidden laye
 have 200 hidden units: with 100, a class stays silent in some seeds.
 """
 
-from dataclasses import replace
+from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study
+from apical.bench.study import Claim, Published, Study, rows_of
 from apical_papers.equilibrium.recipes import ORIGINAL
 
 
@@ -38,15 +38,13 @@ def _digits() -> Study:
         momentum=0.0,
         weight_decay=(0.0,),
     )
-    plain = replace(base, lr=(0.2,), lr_epochs=())
-    rows = {
-        "bp": Row(replace(plain, rule="bp", model="mlp-200")),
-        "ep-one-sided": Row(replace(plain, rule="ep-one-sided", model="mlp-clip-200", rule_options=ORIGINAL)),
-        "corinfomax": Row(
-            replace(base, rule="corinfomax", rule_options=("rates=(1.0, 0.7)", "backward_rates=(0.15,)")),
-            (Published("accuracy", 20, 95.5, 5.5, "ours"),),
-        ),
+    plain: dict[str, Any] = {"lr": (0.2,), "lr_epochs": ()}
+    settings = {
+        "bp": {**plain, "model": "mlp-200"},
+        "ep-one-sided": {**plain, "model": "mlp-clip-200", "rule_options": ORIGINAL},
+        "corinfomax": {"rule_options": ("rates=(1.0, 0.7)", "backward_rates=(0.15,)")},
     }
+    rows = rows_of(base, settings, {"corinfomax": (Published("accuracy", 20, 95.5, 5.5, "ours"),)})
     claims = (Claim("corinfomax", "ep-one-sided", 20, -5.0),)
     return Study("CorInfoMax on digits, 64-200-10", "seconds", rows, base, claims)
 
@@ -81,19 +79,18 @@ def _images(
         weight_decay=(0.0,),
     )
     own = (f"rates=(1.0, {upper / lower:.6g})", f"backward_rates=({backward / lower:.6g},)", *options)
-    plain = replace(base, lr=(0.05 if data == "mnist-raw" else 0.01,), lr_epochs=())
-    recipes = {
-        "bp": replace(plain, model=f"mlp-{hidden}"),
-        "fa": replace(plain, model=f"mlp-{hidden}"),
-        "ep-one-sided": replace(plain, model=f"mlp-clip-{hidden}", lr=(0.2,), rule_options=ORIGINAL),
-        "corinfomax": replace(base, rule_options=own),
+    plain = {"model": f"mlp-{hidden}", "lr": (0.05 if data == "mnist-raw" else 0.01,), "lr_epochs": ()}
+    settings: dict[str, dict[str, Any]] = {
+        "bp": plain,
+        "fa": plain,
+        "ep-one-sided": {**plain, "model": f"mlp-clip-{hidden}", "lr": (0.2,), "rule_options": ORIGINAL},
+        "corinfomax": {"rule_options": own},
     }
-    rows = {}
-    for rule, recipe in recipes.items():
-        accuracy, spread = published[rule]
-        number = Published("accuracy", 50, accuracy, tolerance, "code", spread=spread)
-        rows[rule] = Row(replace(recipe, rule=rule), (number,))
-    return Study(title, "minutes per epoch", rows, base)
+    numbers = {
+        rule: (Published("accuracy", 50, accuracy, tolerance, "code", spread=spread),)
+        for rule, (accuracy, spread) in published.items()
+    }
+    return Study(title, "minutes per epoch", rows_of(base, settings, numbers), base)
 
 
 _MNIST = {"bp": (97.58, 0.06), "fa": (97.99, 0.10), "ep-one-sided": (97.62, 0.08), "corinfomax": (97.62, 0.12)}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apical import models
-from apical.bench.finding import Row, at_least, difference, mean_table
+from apical.bench.finding import Row, at_least, difference, mean_table, series
 from apical.bench.plain_loop import fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.data import Dataset, load
@@ -84,13 +84,13 @@ def verdicts(cells: Cells) -> list[Row]:
         return difference(figure, "corinfomax", f"{what}, minus {mark:g}", values, mark, less=less)
 
     def of(key: str, factor: float = 1.0) -> list[float]:
-        return [cell["forward"][f"{factor:g}"][key] for cell in cells]
+        return series(cells, "forward", f"{factor:g}", key)
 
     def at(step: float) -> list[float]:
-        return [cell["steps"][f"{step:g}"]["accuracy"] for cell in cells]
+        return series(cells, "steps", f"{step:g}", "accuracy")
 
     gap = [abs(a - b) for a, b in zip(at(0.05), at(0.075), strict=True)]
-    sparse, dense = ([cell[key]["activity"] for cell in cells] for key in ("sparse", "not sparse"))
+    sparse, dense = (series(cells, key, "activity") for key in ("sparse", "not sparse"))
     slower = "accuracy minus that with a tenth of the forward rate, minus 5 points"
     sparser = "sum of hidden activities, sparse minus without multiplier"
     return [
@@ -100,7 +100,7 @@ def verdicts(cells: Cells) -> list[Row]:
         against("P3", "accuracy at step 0.05 and 0.075, distance", gap, 0.05, less=True),
         against("P3", "accuracy at step 0.15", at(0.15), 0.3, less=True),
         difference("P4", "corinfomax", slower, of("accuracy"), of("accuracy", 0.1), less=False, margin=0.05),
-        against("P6", "sparse form: accuracy", [cell["sparse"]["accuracy"] for cell in cells], 0.75),
+        against("P6", "sparse form: accuracy", series(cells, "sparse", "accuracy"), 0.75),
         difference("P6", "corinfomax", sparser, sparse, dense, less=True),
     ]
 
@@ -108,11 +108,11 @@ def verdicts(cells: Cells) -> list[Row]:
 def tables(cells: Cells) -> list[Row]:
     """Every training."""
     runs = {
-        "as reported": [cell["forward"]["1"] for cell in cells],
-        "forward rate times 0.1": [cell["forward"]["0.1"] for cell in cells],
-        **{f"step {step:g}, 5 epochs": [cell["steps"][f"{step:g}"] for cell in cells] for step in STEPS},
-        "sparse": [cell["sparse"] for cell in cells],
-        "no bound, no multiplier": [cell["not sparse"] for cell in cells],
+        "as reported": series(cells, "forward", "1"),
+        "forward rate times 0.1": series(cells, "forward", "0.1"),
+        **{f"step {step:g}, 5 epochs": series(cells, "steps", f"{step:g}") for step in STEPS},
+        "sparse": series(cells, "sparse"),
+        "no bound, no multiplier": series(cells, "not sparse"),
     }
     measures = {"accuracy": "accuracy", "dead": "silent outputs", "activity": "hidden activity", "after": "degrees"}
     note = (
@@ -122,7 +122,7 @@ def tables(cells: Cells) -> list[Row]:
     return [mean_table("Trainings", note, "training", runs, measures)]
 
 
-main = SeedStudy("apical_papers.corinfomax.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/corinfomax-study")
+main = SeedStudy("apical_papers.corinfomax.study", ABOUT, SETTINGS, _cell, verdicts, tables)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Published, Row, Study, rows_of
+from apical.bench.study import Claim, Published, Row, Study, options_of, rows_of
 
 TRAINED = ("dfc", "dfc-ssa", "dfc-ss")
 FIXED = ("dfc-fixed", "dfc-ssa-fixed", "dfc-ss-fixed")
@@ -22,10 +22,6 @@ BATCH = 128
 
 Options = Callable[[str], dict[str, Any]]
 """Options of a rule's constructor, by the rule's short name."""
-
-
-def _options(**options: Any) -> tuple[str, ...]:
-    return tuple(f"{name}={value}" for name, value in options.items())
 
 
 def _sleep(alpha: float, k_p: float, dt: float, points: int, tau: float, tau_apical: float, sigma: float) -> dict[str, Any]:
@@ -60,7 +56,7 @@ def _variants(
     """Rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
     rows: dict[str, Row] = {}
     for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
-        rows |= rows_of(recipe, {rule: {"rule_options": _options(**options(rule))} for rule in rules}, published)
+        rows |= rows_of(recipe, {rule: {"rule_options": options_of(**options(rule))} for rule in rules}, published)
     return rows
 
 
@@ -126,7 +122,7 @@ def _strong(base: Recipe, alpha: float, lr: float, label: float, accuracy: float
         feedback_beta2=0.9,
         feedback_eps=1.971e-3,
         feedback_weight_decay=1e-5,
-        rule_options=_options(
+        rule_options=options_of(
             alpha=alpha, k_p=2, dt=1e-3, points=500, tau=3.553e-2, tau_noise=0.05, sigma=0.15, label=label
         ),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from apical import models
-from apical.bench.finding import Row, at_least, by_name, difference, mean_table
+from apical.bench.finding import Row, at_least, by_name, difference, mean_table, series
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
@@ -111,7 +111,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
     def of(name: str, key: str = "accuracy") -> list[float]:
-        return [cell["arms"][name][key] for cell in cells]
+        return series(cells, "arms", name, key)
 
     rows = []
     for name in TRANSPOSED:
@@ -123,7 +123,7 @@ def verdicts(cells: Cells) -> list[Row]:
     gain = of(fails, "last epoch's gain")
     rows.append(difference("4.2", "dualprop", f"{fails}: last epoch minus first", gain, 0.0, less=True))
     for alpha, order in (("0", 1.0), ("0.5", 2.0), ("1", 1.0)):
-        off = [0.1 - abs(cell["orders"][f"alpha {alpha}"] - order) for cell in cells]
+        off = [0.1 - abs(found - order) for found in series(cells, "orders", f"alpha {alpha}")]
         rows.append(at_least("D4, D5", "dualprop", f"alpha {alpha}: 0.1 minus distance of the order to {order:g}", off, 0.0))
     return rows
 

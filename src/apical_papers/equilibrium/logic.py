@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apical.bench.finding import Row, count
+from apical.bench.finding import Row, count, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical_papers.equilibrium.complete_network import (
     Complete,
@@ -113,7 +113,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """Whether networks of each kind are ever right, as left and from new states."""
 
     def solved(kind: str, start: str) -> list[bool]:
-        return [cell[kind][start]["best"] == 0.0 for cell in cells]
+        return [best == 0.0 for best in series(cells, kind, start, "best")]
 
     unsolved = [not result for result in solved("asymmetric", "as left")]
     what = "seeds that end with the notebooks' share of wrong answers and error, within a pattern and 0.01"
@@ -148,7 +148,7 @@ def tables(cells: Cells) -> list[Row]:
     )
     header = ["network", "seed", "as left", "epoch", "last", "new states", "epoch", "last", "error", "surely stable"]
     rows = [row(kind, seed, cell[kind]) for kind in NETWORKS for seed, cell in enumerate(cells)]
-    return [{"title": "Seed by seed", "note": note, "header": header, "rows": rows}]
+    return [table("Seed by seed", note, header, rows)]
 
 
 main = SeedStudy(

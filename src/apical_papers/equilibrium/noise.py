@@ -17,10 +17,10 @@ import torch
 from tyro.conf import arg
 
 from apical import models
-from apical.bench.cells import kept, side_by_side
-from apical.bench.finding import at_least, difference, shown
+from apical.bench.cells import kept
+from apical.bench.finding import at_least, difference, table
 from apical.bench.plain_loop import fit
-from apical.bench.program import about_study, keep_results, run_command
+from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.data import load
 from apical.errors import InstabilityError
 from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagation
@@ -128,15 +128,16 @@ def _cell(options: Options, part: tuple[str, float, int]) -> dict[str, Any]:
     return kept(path, config, partial(train, options.data, method, noise, seed, options.epochs, options.train_limit))
 
 
+def _said(part: tuple[str, float, int], content: dict[str, Any]) -> str:
+    method, noise, seed = part
+    return f"seed {seed}  noise {noise:g}  {method}: {100 * content['accuracy']:.2f} %"
+
+
 def study(options: Options, command: str) -> dict[str, Any]:
     """Run what is not finished yet, then write results.json and report.html."""
     setting = SETTINGS[options.data]
     parts = [(m, noise, seed) for seed in range(options.seeds) for noise in (0.0, NOISE) for m in setting.methods]
-    cells: dict[tuple[str, float, int], dict[str, Any]] = {}
-    for part, content in side_by_side(options.jobs, parts, partial(_cell, options), options.out):
-        cells[part], (method, noise, seed) = content, part
-        accuracy, seconds = content["accuracy"], content["seconds"]
-        print(f"{seconds:7.1f} s  seed {seed}  noise {noise:g}  {method}: {100 * accuracy:.2f} %", flush=True)
+    cells = dict(zip(parts, in_order(options.jobs, parts, partial(_cell, options), options.out, _said), strict=True))
 
     def values(method: str, noise: float) -> list[float]:
         return [cells[method, noise, seed]["accuracy"] for seed in range(options.seeds)]
@@ -157,18 +158,15 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "training images": options.train_limit or "all",
         "seeds": options.seeds,
     }
-    table = {
-        "title": "Test accuracy",
-        "note": "From 0 to 1, mean over seeds with 95 % interval; the number in a method's name is the size of its "
-        "nudge." + (" Published: percent after 50 epochs." if setting.published else ""),
-        "header": ["method", "no noise", f"noise {NOISE:g}", *(["published", "with noise"] if setting.published else [])],
-        "rows": [
-            [method, shown(values(method, 0.0)), shown(values(method, NOISE)), *setting.published.get(method, ())]
-            for method in setting.methods
-        ],
-    }
+    note = "From 0 to 1, mean over seeds with 95 % interval; the number in a method's name is the size of its nudge."
+    accuracies = table(
+        "Test accuracy",
+        note + (" Published: percent after 50 epochs." if setting.published else ""),
+        ["method", "no noise", f"noise {NOISE:g}", *(["published", "with noise"] if setting.published else [])],
+        ([m, values(m, 0.0), values(m, NOISE), *setting.published.get(m, ())] for m in setting.methods),
+    )
     rows = verdicts(options.data, values)
-    return keep_results(options.out, command, about, settings, cells.values(), rows, [table])
+    return keep_results(options.out, command, about, settings, cells.values(), rows, [accuracies])
 
 
 def verdicts(data: str, values: Any) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ homeostatic loss (arXiv 2309.02214). Each seed is kept in the folder when it is 
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apical import models
-from apical.bench.finding import Row, by_name, difference, mean_table
+from apical.bench.finding import Row, by_name, difference, mean_table, series
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.losses import squared_error
@@ -59,9 +60,15 @@ def directions(digits: Dataset, seed: int) -> dict[str, float]:
         rule = EquilibriumPropagation(
             model, estimator="holomorphic", points=10, beta=0.5, free_steps=300, nudged_steps=steps
         )
-        own, exact = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients(rule, x, y))
+        own, exact = _as_vectors(rule, x, y)
         cosines[str(steps)] = float(own @ exact / (own.norm() * exact.norm()))
     return cosines
+
+
+def _as_vectors(rule: EquilibriumPropagation, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The estimate and the gradient through time, all weights in one vector each."""
+    own, exact = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients(rule, x, y))
+    return own, exact
 
 
 def orders(digits: Dataset, seed: int) -> dict[str, float]:
@@ -78,7 +85,7 @@ def orders(digits: Dataset, seed: int) -> dict[str, float]:
             torch.manual_seed(seed)
             model = models.build("mlp-sigmoid-32-32", digits.input_shape, digits.classes).double()
             rule = EquilibriumPropagation(model, beta=beta, free_steps=600, nudged_steps=600, **options)  # type: ignore[arg-type]
-            own, exact = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients(rule, x, y))
+            own, exact = _as_vectors(rule, x, y)
             errors.append(float((own - exact).norm()))
         slopes[name] = math.log2(errors[0] / errors[1]) / math.log2(NUDGES[0] / NUDGES[1])
     return slopes
@@ -198,17 +205,15 @@ def verdicts(cells: Cells) -> list[Row]:
     def above(figure: str, rule: str, what: str, values: Sequence[float], mark: float) -> Row:
         return difference(figure, rule, f"{what}, minus {mark:g}", values, mark, less=False)
 
-    def one(part: str, key: str) -> list[float]:
-        return [cell[part][key] for cell in cells]
-
     def of(degrees: int, homeostasis: int, key: str) -> list[float]:
-        return [cell["directed"][f"{degrees}, {homeostasis}"][key] for cell in cells]
+        return series(cells, "directed", f"{degrees}, {homeostasis}", key)
 
+    one = partial(series, cells)
     rows = [above("K3", "hep", "cosine to BPTT with 20 nudged steps", one("directions", "20"), 0.999)]
     for fewer, more in ((5, 10), (10, 20)):
         what = f"cosine to BPTT with {more} nudged steps minus that with {fewer}"
         rows.append(difference("K3", "hep", what, one("directions", str(more)), one("directions", str(fewer)), less=False))
-    rows.append(above("K4", "ep-one-sided", "the first paper's network: accuracy", [c["original"] for c in cells], 0.9))
+    rows.append(above("K4", "ep-one-sided", "the first paper's network: accuracy", one("original"), 0.9))
     for name, order in (("one-sided", 1), ("symmetric", 2), ("N = 4", 4)):
         gap, what = [abs(value - order) for value in one("orders", name)], f"{name}: order of the error, distance to {order}"
         rows.append(difference("K5", "ep", f"{what}, minus {order / 4:g}", gap, order / 4, less=True))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from apical import models
-from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.finding import Row, at_least, difference, series, table
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
@@ -108,7 +108,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
     def of(arm: str, look: str, by: str = "answer") -> list[float]:
-        return [cell[arm][look][by] for cell in cells]
+        return series(cells, arm, look, by)
 
     control = "hidden layers untrained"
     apart = [abs(a - b) for a, b in zip(of("ff", "last"), of("ff", "last", "goodness"), strict=True)]
@@ -133,21 +133,14 @@ def verdicts(cells: Cells) -> list[Row]:
 def tables(cells: Cells) -> list[Row]:
     """Every training."""
 
-    def cell_of(arm: str, look: str, by: str) -> str:
-        measured = cells[0][arm].get(look, {})
-        return shown([cell[arm][look][by] for cell in cells]) if by in measured else "-"
+    def cell_of(arm: str, look: str, by: str) -> str | list[float]:
+        return series(cells, arm, look, by) if by in cells[0][arm].get(look, {}) else "-"
 
     looks = [(look, by) for look in ("first", "last") for by in ("answer", "goodness")]
-    return [
-        {
-            "title": "Test accuracy",
-            "note": "0 to 1; mean over seeds with 95 % interval, by the read-out (of bp: the output) and by goodness.",
-            "header": [
-                *("training", "first look: read-out", "first look: goodness", "in the end: read-out", "in the end: goodness")
-            ],
-            "rows": [[arm, *(cell_of(arm, *each) for each in looks)] for arm in (*ARMS, *BASELINES)],
-        }
-    ]
+    note = "0 to 1; mean over seeds with 95 % interval, by the read-out (of bp: the output) and by goodness."
+    header = [f"{look}: {by}" for look in ("first look", "in the end") for by in ("read-out", "goodness")]
+    rows = ([arm, *(cell_of(arm, *each) for each in looks)] for arm in (*ARMS, *BASELINES))
+    return [table("Test accuracy", note, ["training", *header], rows)]
 
 
 main = SeedStudy("apical_papers.forward.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/ff-study", epochs=30)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apical import models
-from apical.bench.finding import Row, at_least, count, difference, shown
+from apical.bench.finding import Row, at_least, count, difference, series, table
 from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
@@ -95,7 +95,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
     def of(kind: str, arm: str) -> list[float]:
-        return [cell[kind][arm]["accuracy"] for cell in cells]
+        return series(cells, kind, arm, "accuracy")
 
     finite = [bool(cell["long"][arm]["finite"]) for cell in cells for arm in ("similarity", "both")]
     stays = "trainings without normalisation that stay finite"
@@ -118,20 +118,15 @@ def tables(cells: Cells) -> list[Row]:
     """Every training."""
     kinds = {"plain": "no normalisation", "normalised": "BatchNorm", "long": "no normalisation, 5 times the epochs"}
 
-    def cell_of(kind: str, arm: str) -> str:
-        return shown([cell[kind][arm]["accuracy"] for cell in cells]) if arm in cells[0][kind] else "-"
+    def cell_of(kind: str, arm: str) -> str | list[float]:
+        return series(cells, kind, arm, "accuracy") if arm in cells[0][kind] else "-"
 
-    return [
-        {
-            "title": "Test accuracy",
-            "note": "0 to 1; mean over seeds with 95 % interval. One learning rate for all.",
-            "header": ["training", *kinds.values()],
-            "rows": [[arm, *(cell_of(kind, arm) for kind in kinds)] for arm in PLAIN],
-        }
-    ]
+    note = "0 to 1; mean over seeds with 95 % interval. One learning rate for all."
+    rows = ([arm, *(cell_of(kind, arm) for kind in kinds)] for arm in PLAIN)
+    return [table("Test accuracy", note, ["training", *kinds.values()], rows)]
 
 
-main = SeedStudy("apical_papers.local.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/local-study", epochs=4)
+main = SeedStudy("apical_papers.local.study", ABOUT, SETTINGS, _cell, verdicts, tables, epochs=4)
 
 
 if __name__ == "__main__":

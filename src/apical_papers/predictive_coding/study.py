@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apical import models
-from apical.bench.finding import Row, at_least, by_name, difference, mean_table
+from apical.bench.finding import Row, at_least, by_name, difference, mean_table, series
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.core.losses import squared_error
@@ -26,6 +26,7 @@ from apical.data import Split, load
 from apical.rules.backprop import Backprop
 from apical.rules.predictive_coding.inference import Energy, Steps, in_states
 from apical.rules.predictive_coding.predictive_coding import PredictiveCoding
+from apical_papers.digits import accuracy
 from apical_papers.predictive_coding.networks import pre_activated
 
 SETTINGS: dict[str, Any] = {
@@ -77,9 +78,7 @@ def trained(rule: CreditRule, train: Split, test: Split, lr: float, size: int, b
             credit.backward()
             optimizer.step()
         share = float(credit.logs.get("hidden_share", torch.zeros(())))
-    with torch.no_grad():
-        accuracy = (rule.model(test.inputs).argmax(1) == test.targets).double().mean()
-    return {"accuracy": float(accuracy), "hidden share": share}
+    return {"accuracy": accuracy(rule.model, test.inputs, test.targets), "hidden share": share}
 
 
 def toward_target(depth: int, rule_of: Made, nets: int, seed: int) -> float:
@@ -202,7 +201,7 @@ def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
 
     def of(part: str, name: str) -> list[float]:
-        return [cell[part][name]["accuracy"] for cell in cells]
+        return series(cells, part, name, "accuracy")
 
     rows = []
     for name in [name for name in SHALLOW if name != "bp"]:
@@ -213,11 +212,11 @@ def verdicts(cells: Cells) -> list[Row]:
         what = f"mupc: accuracy at {depth} layers"
         rows.append(at_least("mu", "mupc", what, mine, 0.9))
         rows.append(difference("mu", "mupc", f"{what} minus bp's, plus 2 points", mine, theirs, less=False, margin=-0.02))
-    failed = [0.25 - accuracy for accuracy in of("plain", "state")]
+    failed = [0.25 - reached for reached in of("plain", "state")]
     rows.append(at_least("P2", "pc-error", "accuracy in 10 plain layers", of("plain", "error"), 0.85))
     rows.append(at_least("P2", "pc", "0.25 minus accuracy in 10 plain layers", failed, 0.0))
     for depth in (2, 4, 8):
-        ours, exact = ([cell["straight"][f"{name} {depth}"] for cell in cells] for name in ("exact", "bp"))
+        ours, exact = (series(cells, "straight", f"{name} {depth}") for name in ("exact", "bp"))
         rows.append(at_least("P4", "pc", f"cosine to the target, {depth} linear layers", ours, 0.98))
         rows.append(difference("P4", "pc", f"cosine to the target, {depth} layers, minus bp's", ours, exact, less=False))
     for depth in (10, 30):

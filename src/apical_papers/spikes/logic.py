@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from apical import models
-from apical.bench.finding import Row, count
+from apical.bench.finding import Row, count, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import ContrastiveSignalPlasticity, Readout
 from apical.rules.contrastive_plasticity.neurons import Constants
@@ -82,7 +82,7 @@ def verdicts(cells: Cells) -> list[Row]:
     least, rows = -(-8 * len(cells) // 10), []
     for readout in READOUTS:
         for name in FUNCTIONS:
-            learned = [bool(cell[readout][name][0]) for cell in cells]
+            learned = list(map(bool, series(cells, readout, name, 0)))
             what = f"{name}, readout={readout!r}: seeds that learn it"
             rows.append(count("S3", "csdp-memristor", what, learned, least))
     return rows
@@ -92,7 +92,7 @@ def tables(cells: Cells) -> list[Row]:
     """Passes of each seed, and whether it lay in hidden neurons."""
 
     def row(readout: Readout, name: str) -> list[str]:
-        results = [cell[readout][name] for cell in cells]
+        results = series(cells, readout, name)
         separable = f"{sum(apart for _, apart in results)} of {len(cells)}"
         return [name, *(str(passes or "-") for passes, _ in results), separable]
 
@@ -102,26 +102,13 @@ def tables(cells: Cells) -> list[Row]:
     )
     header = ["function", *map(str, range(len(cells))), "separable"]
     return [
-        {
-            "title": f"Passes until learned, readout={readout!r}",
-            "note": note,
-            "header": header,
-            "rows": [row(readout, name) for name in FUNCTIONS],
-        }
+        table(f"Passes until learned, readout={readout!r}", note, header, (row(readout, name) for name in FUNCTIONS))
         for readout in READOUTS
     ]
 
 
 main = SeedStudy(
-    "apical_papers.spikes.logic",
-    ABOUT,
-    SETTINGS,
-    _cell,
-    verdicts,
-    tables,
-    out="results/spikes-logic",
-    epochs=300,
-    passes="passes at most.",
+    "apical_papers.spikes.logic", ABOUT, SETTINGS, _cell, verdicts, tables, epochs=300, passes="passes at most."
 )
 
 

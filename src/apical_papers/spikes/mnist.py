@@ -24,7 +24,7 @@ import torch
 from tyro.conf import arg
 
 from apical import models
-from apical.bench.finding import Row, at_least, difference, shown
+from apical.bench.finding import Row, at_least, difference, series, table
 from apical.bench.program import Cells, SeedOptions, about_study, by_seed, run_command
 from apical.core.credit import CreditRule
 from apical.data import Split, load
@@ -141,11 +141,6 @@ def study(options: Options, command: str) -> dict[str, Any]:
     return by_seed(options, command, make, verdicts, tables, settings=settings(options.images), about=ABOUT)
 
 
-def accuracies(cells: Cells, arm: str) -> list[float]:
-    """By seed."""
-    return [cell[arm]["accuracy"] for cell in cells]
-
-
 def bracketed(rates: Sequence[float], rate: float) -> bool:
     """Whether lower and higher ones were tried."""
     return min(rates) < rate < max(rates)
@@ -153,7 +148,10 @@ def bracketed(rates: Sequence[float], rate: float) -> bool:
 
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
-    of = partial(accuracies, cells)
+
+    def of(arm: str) -> list[float]:
+        return series(cells, arm, "accuracy")
+
     return [
         at_least("S4", "csdp", "test accuracy", of("csdp"), 0.9, 0.89),
         difference("S4", "csdp", "less read-outs alone", of("csdp"), of("csdp, read-outs alone"), less=False),
@@ -167,28 +165,22 @@ def tables(cells: Cells) -> list[Row]:
     """Every training, and how far single spikes are from published ones."""
     rows = []
     for arm in ARMS:
-        rates, seconds = ([cell[arm][key] for cell in cells] for key in ("rate", "seconds"))
+        rates = series(cells, arm, "rate")
         between = sum(bracketed(ARMS[arm].rates, rate) for rate in rates)
         chosen = ", ".join(f"{rate:g}" for rate in rates)
-        rows.append([arm, shown(accuracies(cells, arm)), chosen, f"{between} of {len(cells)}", shown(seconds)])
-    spikes = accuracies(cells, "first spikes")
+        tried = f"{between} of {len(cells)}"
+        rows.append([arm, series(cells, arm, "accuracy"), chosen, tried, series(cells, arm, "seconds")])
+    spikes = series(cells, "first spikes", "accuracy")
+    below = [[name, f"{100 * value:g}", [100 * (value - ours) for ours in spikes]] for name, value in PUBLISHED.items()]
+    note = (
+        "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seeds for which lower and higher ones "
+        "were tried; seconds of one core, busy with other work too."
+    )
+    about = "Points of accuracy below other networks of single spikes, which saw all 60000 images for many epochs."
+    title = "Distance of first spikes to published accuracies"
     return [
-        {
-            "title": "Trainings",
-            "note": "Test accuracy, 0 to 1, mean over seeds with 95 % interval; the rates chosen; seeds for which lower and "
-            "higher ones were tried; seconds of one core, busy with other work too.",
-            "header": ["training", "accuracy", "rates chosen", "bracketed", "seconds"],
-            "rows": rows,
-        },
-        {
-            "title": "Distance of first spikes to published accuracies",
-            "note": "Points of accuracy below other networks of single spikes, which saw all 60000 images for many epochs.",
-            "header": ["network", "published", "points below"],
-            "rows": [
-                [name, f"{100 * value:g}", shown([100 * (value - ours) for ours in spikes])]
-                for name, value in PUBLISHED.items()
-            ],
-        },
+        table("Trainings", note, ["training", "accuracy", "rates chosen", "bracketed", "seconds"], rows),
+        table(title, about, ["network", "published", "points below"], below),
     ]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from apical import models
-from apical.bench.finding import Row, by_name, count, mean_table
-from apical.bench.plain_loop import fit
+from apical.bench.finding import Row, by_name, count, mean_table, series
+from apical.bench.plain_loop import accuracy, fit
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.credit import CreditRule
 from apical.data import Dataset, load
@@ -54,10 +54,7 @@ def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: floa
     for _ in range(epochs):
         fit(rule, optimizer, data.train, batch)
     rule.eval()
-    with torch.no_grad():
-        answers = torch.cat([rule.answer(part) for part in data.test.inputs.split(500)])
-        right = answers.argmax(1) == data.test.targets
-    return {"accuracy": float(right.double().mean()), "seconds": time.process_time() - begun}
+    return {"accuracy": accuracy(rule, data.test, 500), "seconds": time.process_time() - begun}
 
 
 def plasticity(arm: str, seed: int, epochs: int) -> dict[str, float]:
@@ -88,7 +85,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 def verdicts(cells: Cells) -> list[Row]:
     """The marks."""
-    csdp, spikes = [cell["plasticity"]["csdp"] for cell in cells], [cell["first"]["bp"] for cell in cells]
+    csdp, spikes = series(cells, "plasticity", "csdp"), series(cells, "first", "bp")
     learned, fired = ([run["accuracy"] >= MARK for run in runs] for runs in (csdp, spikes))
     gaps = [run["gap"] > 0.3 for run in csdp]
     return [
@@ -113,9 +110,7 @@ def tables(cells: Cells) -> list[Row]:
     ]
 
 
-main = SeedStudy(
-    "apical_papers.spikes.study", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/spikes-study", epochs=4
-)
+main = SeedStudy("apical_papers.spikes.study", ABOUT, SETTINGS, _cell, verdicts, tables, epochs=4)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apical.bench.finding import Row
+from apical.bench.finding import table as table_of
 from apical.bench.names import RULES as EVERY
 from apical.bench.names import find_rule
 from apical.errors import ApicalError
@@ -141,12 +142,12 @@ def table(cells: Any, name: str, rules: Sequence[str] = RULES, depths: Sequence[
 
     rows = [[rule, *(entry(rule, layers) for layers in depths)] for rule in rules]
     note = "At the initial weights and initial feedback, single samples; geometric mean over seeds and its range."
-    return {
-        "title": f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
-        "note": " ".join([note, *(f"{rule} refuses: {why}." for rule, why in refusals.items())]),
-        "header": ["rule", *(f"depth {layers}" for layers in depths)],
-        "rows": rows,
-    }
+    return table_of(
+        f"Gradient norm of layer 1 over that of the last hidden layer: {name}",
+        " ".join([note, *(f"{rule} refuses: {why}." for rule, why in refusals.items())]),
+        ["rule", *(f"depth {layers}" for layers in depths)],
+        rows,
+    )
 
 
 def _geometric(values: Sequence[float]) -> str:

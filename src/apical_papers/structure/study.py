@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from apical.bench.finding import Row, at_least, count, difference, shown
+from apical.bench.finding import Row, at_least, count, difference, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.bench.statistics import student
 from apical_papers.digits import TEST, TRAIN, Digits
@@ -82,7 +82,7 @@ def topology_verdicts(cells: Cells) -> list[Row]:
     rows.append(count("DGP", "all", "rules whose DGP differs from bp's", differ, 4))
     both = [a and b for a, b in zip(differ, excess, strict=True)]
     rows.append(count("DGP", "all", "rules whose DGP and its excess over shuffled weights both differ from bp's", both, 4))
-    first = [z[0] - 3 * max(z[1:]) for z in (_z(cell["topology"]["bp"]) for cell in cells)]
+    first = [z[0] - 3 * max(z[1:]) for z in map(_z, series(cells, "topology", "bp"))]
     rows.append(at_least("NP", "bp", "z of layer 1 against shuffles minus 3 times that of every later layer", first, 0.0))
     rows.append(at_least("NP", "all", "later layers: rank correlation of NP with the spread", _spread_rho(cells), 0.8))
     return rows
@@ -92,7 +92,7 @@ def wiring_verdicts(cells: Cells) -> list[Row]:
     """Learned edges against fixed ones, under two rules; edges that go; entropy and accuracy of random codes."""
 
     def of(name: str, key: str = "accuracy") -> list[float]:
-        return [cell["wirings"][name][key] for cell in cells]
+        return series(cells, "wirings", name, key)
 
     best = max(FIXED, key=lambda name: fmean(of(name)))
     rows = [
@@ -104,18 +104,16 @@ def wiring_verdicts(cells: Cells) -> list[Row]:
     ]
     losses = [after - before for after, before in zip(of("learned, L1", "accuracy pruned"), of("learned, L1"), strict=True)]
     rows.append(at_least("graph", "bp", "with L1: accuracy without them minus that with them", losses, -0.005))
-    rho = [cell["codes"] for cell in cells]
-    rows.append(at_least("codes", "none", "rank correlation of entropy with a read-out's accuracy", rho, 0.5))
-    return rows
+    what = "rank correlation of entropy with a read-out's accuracy"
+    return [*rows, at_least("codes", "none", what, series(cells, "codes"), 0.5)]
 
 
 def _deep(cells: Cells, rule: str) -> list[float]:
-    return [cell["topology"][rule]["dgp"] for cell in cells]
+    return series(cells, "topology", rule, "dgp")
 
 
 def _excess(cells: Cells, rule: str) -> list[float]:
-    cells_of = [cell["topology"][rule] for cell in cells]
-    return [math.log(row["dgp"] / row["dgp shuffled"]) for row in cells_of]
+    return [math.log(row["dgp"] / row["dgp shuffled"]) for row in series(cells, "topology", rule)]
 
 
 def _differs(ours: Sequence[float], theirs: Sequence[float]) -> bool:
@@ -154,45 +152,35 @@ def _topology_table(cells: Cells) -> Row:
     rows = []
     for rule in ("untrained", *RULES):
         excess, bp = _excess(cells, rule), _excess(cells, "bp")
-        accuracy, shuffled = ([cell["topology"][rule][key] for cell in cells] for key in ("accuracy", "dgp shuffled"))
         more = [a - b for a, b in zip(excess, bp, strict=True)]
-        rows.append([rule, *map(shown, (accuracy, _deep(cells, rule), shuffled, excess, more))])
-    return {
-        "title": "Deep graph persistence",
-        "note": "Mean over seeds with 95 % interval. Shuffled: of the same weights within their layers, which keeps their "
-        "spread. Excess: log of the ratio; minus bp's, pair by pair.",
-        "header": ["rule", "test accuracy", "DGP", "shuffled", "excess", "excess minus bp's"],
-        "rows": rows,
-    }
+        measured = (series(cells, "topology", rule, key) for key in ("accuracy", "dgp", "dgp shuffled"))
+        rows.append([rule, *measured, excess, more])
+    note = (
+        "Mean over seeds with 95 % interval. Shuffled: of the same weights within their layers, which keeps their spread. "
+        "Excess: log of the ratio; minus bp's, pair by pair."
+    )
+    header = ("rule", "test accuracy", "DGP", "shuffled", "excess", "excess minus bp's")
+    return table("Deep graph persistence", note, header, rows)
 
 
 def _layers_table(cells: Cells) -> Row:
-    def of(rule: str, key: str, layer: int) -> str:
-        return shown([cell["topology"][rule][key][layer] for cell in cells])
-
-    return {
-        "title": "Neural persistence by layer",
-        "note": "Beside that of shuffled weights and the spread std(|W| / max |W|).",
-        "header": ["rule", "layer", "NP", "shuffled", "spread"],
-        "rows": [
-            [rule, str(layer + 1), *(of(rule, key, layer) for key in ("np", "np shuffled", "spread"))]
-            for rule in ("untrained", *RULES)
-            for layer in range(3)
-        ],
-    }
+    rows = [
+        [rule, str(layer + 1), *(series(cells, "topology", rule, key, layer) for key in ("np", "np shuffled", "spread"))]
+        for rule in ("untrained", *RULES)
+        for layer in range(3)
+    ]
+    note = "Beside that of shuffled weights and the spread std(|W| / max |W|)."
+    return table("Neural persistence by layer", note, ["rule", "layer", "NP", "shuffled", "spread"], rows)
 
 
 def _wiring_table(cells: Cells) -> Row:
-    rows = []
-    for name, (_, _, rule, _) in WIRINGS.items():
-        measures = [[cell["wirings"][name][key] for cell in cells] for key in ("accuracy", "pruned", "accuracy pruned")]
-        rows.append([name, rule, *map(shown, measures)])
-    return {
-        "title": "Wirings of eight nodes",
-        "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval; share of the edges below 0.01.",
-        "header": ["wiring", "rule", "accuracy", "share below 0.01", "accuracy without these"],
-        "rows": rows,
-    }
+    rows = [
+        [name, rule, *(series(cells, "wirings", name, key) for key in ("accuracy", "pruned", "accuracy pruned"))]
+        for name, (_, _, rule, _) in WIRINGS.items()
+    ]
+    note = "Test accuracy (0 to 1), mean over seeds with 95 % interval; share of the edges below 0.01."
+    header = ("wiring", "rule", "accuracy", "share below 0.01", "accuracy without these")
+    return table("Wirings of eight nodes", note, header, rows)
 
 
 main = SeedStudy(
@@ -202,7 +190,6 @@ main = SeedStudy(
     _cell,
     verdicts,
     tables,
-    out="results/structure-study",
     epochs=5,
     passes="of every network that is trained.",
 )

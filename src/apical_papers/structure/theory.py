@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apical.bench.finding import Row, at_least, at_most, by_name, count, difference, mean_table
+from apical.bench.finding import Row, at_least, at_most, by_name, count, difference, mean_table, series
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.diagnostics.channel import Where, channel
 from apical.models import flow, orthogonal_
@@ -187,7 +187,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 def verdicts(cells: Cells) -> list[Row]:
     """The knee, the bound, and the better channel."""
-    one, two, three = ([cell["lorenz"][str(h)]["error"] for cell in cells] for h in NODES)
+    one, two, three = (series(cells, "lorenz", str(h), "error") for h in NODES)
     rows = [
         at_least("Lorenz", "bp", "error with 1 product node", one, 0.01),
         at_most("Lorenz", "bp", "error with 2 product nodes", two, 1e-6),
@@ -195,32 +195,26 @@ def verdicts(cells: Cells) -> list[Row]:
     ]
     low, high = (1 - 1 / STEPS) ** STEPS, (1 + 1 / STEPS) ** STEPS
     for name in FLOWS:
-        ranges = [cell["gradients"][name] for cell in cells]
-        inside = [low <= row["least"] and row["largest"] <= high for row in ranges]
+        inside = [low <= row["least"] and row["largest"] <= high for row in series(cells, "gradients", name)]
         if name in ORTHOGONAL:
             what = f"{name}: seeds whose gradients stay within [{low:.3f}, {high:.3f}]"
             rows.append(count("flow", "bp", what, inside, len(cells)))
         elif "gain 3" in name:
             what = f"{name}: seeds whose gradients leave [{low:.3f}, {high:.3f}]"
             rows.append(count("flow", "bp", what, [not each for each in inside], len(cells)))
-    plain = [cell["accuracy"]["normal"]["accuracy"] for cell in cells]
+    plain = series(cells, "accuracy", "normal", "accuracy")
     for name in ORTHOGONAL:
-        ours = [cell["accuracy"][name]["accuracy"] for cell in cells]
-        more = [a - b for a, b in zip(ours, plain, strict=True)]
+        more = [a - b for a, b in zip(series(cells, "accuracy", name, "accuracy"), plain, strict=True)]
         rows.append(at_least("flow", "bp", f"{name}: accuracy less that of normal weights", more, -0.02))
     for where, title in NOISES.items():
         for gain in (g for g in GAINS if 0.8 <= g <= 2):
-            ours, others = _nats(cells, "orthogonal", gain, where), _nats(cells, "normal", gain, where)
+            ours, others = (series(cells, "channels", f"{kind}, gain {gain:g}", where) for kind in ("orthogonal", "normal"))
             what = f"{title}, gain {gain:g}: nats of orthogonal weights less those of normal ones"
             rows.append(difference("channel", "none", what, ours, others, less=False))
     rows_of = ([row for name, row in cell["channels"].items() if name.startswith("orthogonal")] for cell in cells)
     rho = [spearman(*([row[key] for row in of_cell] for key in ("condition", "end"))) for of_cell in rows_of]
     rows.append(at_most("channel", "none", "noise at the end: rank correlation of nats with the condition", rho, -0.99))
     return rows
-
-
-def _nats(cells: Cells, kind: str, gain: float, where: str) -> list[float]:
-    return [cell["channels"][f"{kind}, gain {gain:g}"][where] for cell in cells]
 
 
 def tables(cells: Cells) -> list[Row]:
@@ -252,7 +246,6 @@ main = SeedStudy(
     _cell,
     verdicts,
     tables,
-    out="results/structure-theory",
     epochs=5,
     passes="of every network that is trained.",
 )

@@ -37,7 +37,8 @@ from tyro.conf import arg
 from apical.bench.cells import kept
 from apical.bench.evolve import loop
 from apical.bench.figures.curves import render
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, difference, series
+from apical.bench.finding import table as table_of
 from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.bench.run_folder import commit
 from apical.evolution.classification import AnyClasses, Classification, Images, Setting
@@ -45,10 +46,11 @@ from apical.evolution.seeds import seed_of
 from apical.evolution.strategy import Strategy
 from apical.evolution.workers import Here
 from apical.rules.top_down.equivariant import EquivariantNetwork
+from apical_papers.tdca.classification.report import percent
 from apical_papers.tdca.classification.study import digits, plain, unseen
 from apical_papers.tdca.emission import OF_LOGITS, credit_figure
 from apical_papers.tdca.recipes import EVOLUTIONS
-from apical_papers.tdca.trials import Bench
+from apical_papers.tdca.trials import Bench, tuned
 
 FIRST = 7100
 """The first meta-seed; those below served for development."""
@@ -140,20 +142,18 @@ def evolved(seed: int, generations: int) -> tuple[dict[str, Any], Tensor]:
 def measures(sets: Images, ways: int, learner: str, seed: int, teacher: Tensor, options: Options) -> dict[str, Any]:
     """What each rule comes to on tasks of so many classes: loss, accuracy, and the rate it was given."""
     setting = replace(setting_of(seed), model=learner, others=(), layers=LAYERS, ways=ways)
-    task = Classification([sets], setting)
-    by_hand = Classification([sets], replace(setting, hidden=0))
+    task, by_hand = (Classification([sets], replace(setting, hidden=hidden)) for hidden in (setting.hidden, 0))
     results = {}
     for rule in RULES:
         weights, of = (by_hand.weights_of("wired"), by_hand) if rule == "by-hand" else (teacher, task)
         name = "tdca" if rule == "by-hand" else rule
-        benches = [
+        validation, test = (
             Bench(of, number, f"{part} {learner} {ways} {seed}", seed_of("feedback", seed))
             for part, number in (("validation", options.validation), ("test", options.tasks))
-        ]
-        trials = benches[0].run(name, RATES, setting.lifetime, weights)
-        rate = min(trials, key=lambda trial: trial.loss).lr
-        trial = benches[1].run(name, [rate], setting.lifetime, weights)[0]
-        results[rule] = {"lr": rate, "loss": trial.loss, "accuracy": trial.accuracy, "losses": trial.losses}
+        )
+        rate = tuned(validation, name, setting.lifetime, weights, RATES)
+        trial = asdict(test.run(name, [rate], setting.lifetime, weights)[0])
+        results[rule] = {key: trial[key] for key in ("lr", "loss", "accuracy", "losses")}
     return results
 
 
@@ -211,19 +211,16 @@ def table(cells: Cells, learner: str) -> dict[str, Any]:
     """A learner's losses, accuracies and rates, a row for each kind of task and measure."""
     rows = []
     for part, (title, _, _) in PARTS.items():
-        runs = {rule: [cell[part][learner][rule] for cell in cells] for rule in RULES}
-        rows.append([title, "loss", *(shown([run["loss"] for run in of]) for of in runs.values())])
-        rows.append([title, "accuracy, %", *(shown([100 * run["accuracy"] for run in of]) for of in runs.values())])
-        rows.append(
-            [title, "rates", *(" ".join(f"{x:g}" for x in sorted({run["lr"] for run in of})) for of in runs.values())]
-        )
-    return {
-        "title": f"Learners: {LEARNERS[learner]}",
-        "note": "Training loss in nats and accuracy on held-out images of the same tasks, mean over meta-seeds with 95 % "
-        "interval; learning rates that were chosen.",
-        "header": ["tasks", "measure", *RULES.values()],
-        "rows": rows,
-    }
+        runs = [series(cells, part, learner, rule) for rule in RULES]
+        rates = [" ".join(f"{rate:g}" for rate in sorted({*series(of, "lr")})) for of in runs]
+        rows.append([title, "loss", *(series(of, "loss") for of in runs)])
+        rows.append([title, "accuracy, %", *(percent(series(of, "accuracy")) for of in runs)])
+        rows.append([title, "rates", *rates])
+    note = (
+        "Training loss in nats and accuracy on held-out images of the same tasks, mean over meta-seeds with 95 % interval; "
+        "learning rates that were chosen."
+    )
+    return table_of(f"Learners: {LEARNERS[learner]}", note, ["tasks", "measure", *RULES.values()], rows)
 
 
 def by_task(cells: Cells) -> dict[str, Any]:
@@ -233,13 +230,11 @@ def by_task(cells: Cells) -> dict[str, Any]:
         for learner in LEARNERS:
             losses = [[loss for cell in cells for loss in cell[part][learner][rule]["losses"]] for rule in RULES]
             rows.append([title, LEARNERS[learner], *(f"{median(of) + 0:.2g}, {max(of):.2g}" for of in losses)])
-    return {
-        "title": "Median and worst task",
-        "note": "Training loss in nats over the tasks of all meta-seeds: the median, then the worst. Added after the first "
-        "run; no mark was set on it. Where one task is far above the others it decides the mean, and so the verdict.",
-        "header": ["tasks", "learners", *RULES.values()],
-        "rows": rows,
-    }
+    note = (
+        "Training loss in nats over the tasks of all meta-seeds: the median, then the worst. Added after the first run; no "
+        "mark was set on it. Where one task is far above the others it decides the mean, and so the verdict."
+    )
+    return table_of("Median and worst task", note, ["tasks", "learners", *RULES.values()], rows)
 
 
 def slopes(cells: Cells) -> dict[str, Any]:
@@ -248,16 +243,14 @@ def slopes(cells: Cells) -> dict[str, Any]:
     rows = []
     for cell in cells:
         sizes = _credit(torch.tensor(cell["teacher"]), p)[..., 0] / p  # of the wrong class, whose error is p
-        rows.append(
-            [str(cell["seed"]), *(f"{float(of.mean()):.2f} ({float(of.min()):.2f}, {float(of.max()):.2f})" for of in sizes)]
-        )
-    return {
-        "title": "The evolved credit, in sizes of the error",
-        "note": "Credit of a wrong class over its error, p, from p = 0.1 to 0.9: mean, least and greatest. Added after the "
-        "first run. Where the three are alike, the credit is the error times a number.",
-        "header": ["meta-seed", "output", *(f"hidden layer {number} from it" for number in range(1, LAYERS + 1))],
-        "rows": rows,
-    }
+        texts = (f"{float(of.mean()):.2f} ({float(of.min()):.2f}, {float(of.max()):.2f})" for of in sizes)
+        rows.append([str(cell["seed"]), *texts])
+    note = (
+        "Credit of a wrong class over its error, p, from p = 0.1 to 0.9: mean, least and greatest. Added after the first "
+        "run. Where the three are alike, the credit is the error times a number."
+    )
+    header = ("meta-seed", "output", *(f"hidden layer {number} from it" for number in range(1, LAYERS + 1)))
+    return table_of("The evolved credit, in sizes of the error", note, header, rows)
 
 
 @torch.no_grad()

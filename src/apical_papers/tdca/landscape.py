@@ -25,7 +25,7 @@ from tyro.conf import arg
 from apical import data
 from apical.bench.figures.curves import render
 from apical.bench.figures.landscape import landscape
-from apical.bench.finding import Row, count, difference, shown
+from apical.bench.finding import Row, count, difference, series, table
 from apical.bench.program import about_study, keep_results, run_command
 from apical.data.dataset import Dataset
 from apical.diagnostics.landscape import barrier, losses_at, points_at_once, principal_plane, surface, tortuosity, travelled
@@ -141,7 +141,7 @@ def record(digits: Dataset, ways: dict[str, Tensor]) -> dict[str, Any]:
 
 def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
     """Whether TDCA ends lower, and whether it ends better than a guess from every start."""
-    ours, theirs = ([row["loss"] for row in rows[rule]] for rule in ("tdca", "bp"))
+    ours, theirs = (series(rows[rule], "loss") for rule in ("tdca", "bp"))
     settled = [loss <= GUESS for loss in ours]
     return [
         difference("C4", "tdca", "training loss at the end minus tuned BP's", ours, theirs, less=True),
@@ -151,7 +151,7 @@ def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
 
 def _ends(rows: list[dict[str, float]]) -> list[str]:
     """Median loss, and how many runs end above the loss of equal probabilities."""
-    final = [row["loss"] for row in rows]
+    final = series(rows, "loss")
     failed = sum(not loss <= GUESS for loss in final)
     return [f"{median(final):.3g}", f"{failed} of {len(final)}"]
 
@@ -183,20 +183,20 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "snapshots every": EVERY,
         **{key: value for key, value in asdict(LIFETIME).items() if key != "lr"},
     }
-    table = {
-        "title": "Ends and ways",
-        "note": "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, "
-        "test accuracy, barrier on the straight line from start to end "
-        "(nats), distance travelled (over snapshots), distance from start to end, and their ratio: mean over starts "
-        f"with 95 % interval. Mean barrier between the ends of TDCA and BP: {fmean(between):.3g} nats.",
-        "header": ["rule", "learning rate", "median loss", "failed", *keys],
-        "rows": [
-            [name, f"{rates[rule]:g}", *_ends(rows[rule]), *(shown([row[key] for row in rows[rule]]) for key in keys)]
+    ends = table(
+        "Ends and ways",
+        "Median training loss at the end (nats), starts that end worse than a guess, mean training loss, test accuracy, "
+        "barrier on the straight line from start to end (nats), distance travelled (over snapshots), distance from start to "
+        "end, and their ratio: mean over starts with 95 % interval. Mean barrier between the ends of TDCA and BP: "
+        f"{fmean(between):.3g} nats.",
+        ["rule", "learning rate", "median loss", "failed", *keys],
+        (
+            [name, f"{rates[rule]:g}", *_ends(rows[rule]), *(series(rows[rule], key) for key in keys)]
             for rule, name in RULES.items()
-        ],
-    }
+        ),
+    )
     spent = [{"seconds": time.perf_counter() - begun}]
-    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(rows), [table], [drawing])
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(rows), [ends], [drawing])
 
 
 main = partial(run_command, "apical_papers.tdca.landscape", Options, study, least={"starts": 2})

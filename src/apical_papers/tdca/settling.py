@@ -28,7 +28,7 @@ from torch import Tensor
 from tyro.conf import arg
 
 from apical import data
-from apical.bench.finding import Row, count, difference, shown
+from apical.bench.finding import Row, count, difference, table
 from apical.bench.program import about_study, keep_results, run_command
 from apical.data.dataset import Dataset
 from apical.evolution.population import Lifetime, Population, accuracies, losses
@@ -161,7 +161,7 @@ def verdicts(findings: Findings) -> list[Row]:
     return rows
 
 
-def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[str]]:
+def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
     """The table's rows of a network."""
     rows = []
     for end, title in ENDS.items():
@@ -170,7 +170,7 @@ def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[
             runs = rules[rule][end]
             right = runs["accuracies"]
             gaps = [f"{fmean(right) - mean:.2f}", f"{min(right) - mean:.2f}"]
-            rows.append([model, title, name, f"{runs['rate']:g}", shown(runs["losses"]), shown(right), *gaps])
+            rows.append([model, title, name, f"{runs['rate']:g}", runs["losses"], right, *gaps])
     return rows
 
 
@@ -190,15 +190,15 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "learning rates": list(RATES),
         "averaged, share of training": LAST,
     }
-    table = {
-        "title": "By network and way to end",
-        "note": "Training loss (nats) and test accuracy in %, mean over starts with 95 % interval; the mean and the "
-        "worst start minus the mean of BP's with the same end, in points.",
-        "header": ["network", "end", "rule", "learning rate", "loss", "accuracy, %", "mean", "worst start"],
-        "rows": [line for model, rules in findings.items() for line in lines(model, rules)],
-    }
+    by_end = table(
+        "By network and way to end",
+        "Training loss (nats) and test accuracy in %, mean over starts with 95 % interval; the mean and the worst start "
+        "minus the mean of BP's with the same end, in points.",
+        ["network", "end", "rule", "learning rate", "loss", "accuracy, %", "mean", "worst start"],
+        (line for model, rules in findings.items() for line in lines(model, rules)),
+    )
     spent = [{"seconds": time.perf_counter() - begun}]
-    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(findings), [table])
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(findings), [by_end])
 
 
 main = partial(run_command, "apical_papers.tdca.settling", Options, study, least={"starts": 2})

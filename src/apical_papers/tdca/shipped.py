@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.finding import Row, count, difference, shown
+from apical.bench.finding import Row, count, difference, table
 from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import ConfigError
 
@@ -109,15 +109,15 @@ def verdicts(comparisons: Sequence[Comparison]) -> list[Row]:
     return rows
 
 
-def lines(comparison: Comparison) -> list[list[str]]:
+def lines(comparison: Comparison) -> list[list[Any]]:
     """The table's rows of a comparison."""
-    rows = []
+    rows: list[list[Any]] = []
     mean = fmean(comparison.accuracies["bp"])
     for rule, title in RULES.items():
         accuracies, rate = comparison.accuracies[rule], f"{comparison.rates[rule]:g}"
         if accuracies:
             gap = [f"{fmean(accuracies) - mean:.2f}", f"{min(accuracies) - mean:.2f}"]
-            rows.append([comparison.name, title, rate, str(len(accuracies)), shown(accuracies), *gap])
+            rows.append([comparison.name, title, rate, str(len(accuracies)), accuracies, *gap])
         else:
             rows.append([comparison.name, title, rate, "0", "diverged", "-", "-"])
     return rows
@@ -130,16 +130,16 @@ def study(options: Options, command: str) -> dict[str, Any]:
         ConfigError: one of the comparisons cannot be read.
     """
     comparisons = [read(folder) for folder in options.comparisons]
-    table = {
-        "title": "By network",
-        "note": "Finished runs, test accuracy in % (mean over seeds with 95 % interval), and the mean and the worst seed "
-        "minus the mean of BP's, in points. Runs that diverged are left out.",
-        "header": ["data, network", "rule", "learning rate", "seeds", "accuracy, %", "mean", "worst seed"],
-        "rows": [line for comparison in comparisons for line in lines(comparison)],
-    }
+    networks = table(
+        "By network",
+        "Finished runs, test accuracy in % (mean over seeds with 95 % interval), and the mean and the worst seed minus the "
+        "mean of BP's, in points. Runs that diverged are left out.",
+        ["data, network", "rule", "learning rate", "seeds", "accuracy, %", "mean", "worst seed"],
+        (line for comparison in comparisons for line in lines(comparison)),
+    )
     settings = {"comparisons": [folder.name for folder in options.comparisons]}
     spent = [{"seconds": comparison.seconds} for comparison in comparisons]
-    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(comparisons), [table])
+    return keep_results(options.out, command, ABOUT, settings, spent, verdicts(comparisons), [networks])
 
 
 main = partial(run_command, "apical_papers.tdca.shipped", Options, study)

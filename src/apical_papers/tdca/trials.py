@@ -170,6 +170,8 @@ def dead_units(population: Population, weights: Tensor, inputs: Tensor) -> Tenso
     return (active == 0).all(1).to(weights.dtype).mean(1)
 
 
-def tuned(validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None) -> float:
-    """The learning rate of the grid with the lowest mean loss on validation tasks."""
-    return min(validation.run(rule, GRID, lifetime, teacher), key=lambda trial: trial.loss).lr
+def tuned(
+    validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None, rates: Sequence[float] = ()
+) -> float:
+    """The learning rate of the grid, or of other ones, with the lowest mean loss on validation tasks."""
+    return min(validation.run(rule, rates or GRID, lifetime, teacher), key=lambda trial: trial.loss).lr

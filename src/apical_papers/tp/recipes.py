@@ -13,13 +13,15 @@ from dataclasses import replace
 from typing import Any
 
 from apical.bench.recipe import Recipe
-from apical.bench.study import Claim, Row, Study, rows_of
+from apical.bench.study import Claim, Row, Study, options_of, rows_of
 
 BATCH = 128
 
 
-def _options(**options: Any) -> tuple[str, ...]:
-    return tuple(f"{name}={value}" for name, value in options.items())
+def _scaled(lr: float, eta: float, sigma: float) -> dict[str, Any]:
+    """Settings of a rule whose published learning rate and eta are those of its code."""
+    options = options_of(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
+    return {"lr": (float(f"{lr / eta:.4g}"),), "rule_options": options}
 
 
 def _digits() -> Study:
@@ -34,7 +36,7 @@ def _digits() -> Study:
         weight_decay=(0.0,),
     )
     learned = replace(base, feedback_weight_decay=0.0, pretrain_epochs=5)
-    options = {"rule_options": _options(eta=0.05, sigma=0.05, reduction="'mean'")}
+    options = {"rule_options": options_of(eta=0.05, sigma=0.05, reduction="'mean'")}
     rows = rows_of(base, ("bp", "dfa"))
     rows |= rows_of(learned, dict.fromkeys(("dtp", "dtp-drl", "ddtp-linear", "ddtp-control"), options))
     claims = (Claim("dtp-drl", "dtp", 20, -1.0), Claim("ddtp-linear", "dtp", 20, -1.0))
@@ -57,14 +59,12 @@ Adam = tuple[float, float, float, float]
 
 def _learned(rule: str, forward: Adam, eta: float, feedback: Adam, sigma: float, decay: float) -> Row:
     """A row with feedback that learns, in passes of its own but for the first of these rules."""
-    lr, beta1, beta2, eps = forward
     of_feedback: dict[str, Any] = dict(
         zip(("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps"), feedback, strict=True)
     )
     passes: dict[str, Any] = {} if rule == "dtp" else {"pretrain_epochs": 6, "feedback_passes": 2}
-    options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
-    recipe = _adam(rule, float(f"{lr / eta:.4g}"), beta1, beta2, eps)
-    return Row(replace(recipe, feedback_weight_decay=decay, rule_options=options, **of_feedback, **passes))
+    own = _scaled(forward[0], eta, sigma)
+    return Row(replace(_adam(rule, *forward), feedback_weight_decay=decay, **own, **of_feedback, **passes))
 
 
 def _adam(rule: str, lr: float, beta1: float, beta2: float, eps: float) -> Recipe:
@@ -99,15 +99,9 @@ def _tuned(
     """A study of which only these four are known of each rule: Adam is as PyTorch has it, feedback does not decay."""
     rows = rows_of(base, {rule: {"lr": (lr,)} for rule, lr in plain.items()})
     for rule, (lr, eta, feedback_lr, sigma) in tuned.items():
-        options = _options(eta=f"{eta / BATCH:.4g}", sigma=sigma, normalised=False, reduction="'mean'")
-        recipe = replace(
-            base,
-            rule=rule,
-            lr=(float(f"{lr / eta:.4g}"),),
-            feedback_lr=feedback_lr,
-            feedback_weight_decay=0.0,
-            rule_options=options + (_options(neurons=neurons) if rule == "ddtp-rhl" else ()),
-        )
+        recipe = replace(base, rule=rule, feedback_lr=feedback_lr, feedback_weight_decay=0.0, **_scaled(lr, eta, sigma))
+        if rule == "ddtp-rhl":
+            recipe = replace(recipe, rule_options=(*recipe.rule_options, *options_of(neurons=neurons)))
         if rule != "dtp":
             recipe = replace(recipe, pretrain_epochs=pretrain, feedback_passes=1 + extra)
         rows[rule] = Row(recipe)

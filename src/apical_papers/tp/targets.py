@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apical import models
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, difference, series, table
 from apical.bench.program import Cells, SeedStudy, about_study
 from apical.core.activations import derivative
 from apical.core.chain import Chain
@@ -30,6 +30,7 @@ from apical.diagnostics.alignment import angle, gradients
 from apical.diagnostics.gauss_newton import gauss_newton_targets
 from apical.rules.backprop import Backprop
 from apical.rules.target_propagation.difference_target_propagation import DifferenceTargetPropagation, Variant
+from apical_papers.digits import accuracy
 
 SETTINGS: dict[str, Any] = {
     "model": "mlp-tanh-64-64-64-64",
@@ -89,9 +90,7 @@ def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
                 feedback.step()
             if epoch >= 0:
                 lowest.step()
-    with torch.no_grad():
-        hits = model((digits.test.inputs - mean) / std).argmax(1) == digits.test.targets
-    return float(hits.double().mean())
+    return accuracy(model, (digits.test.inputs - mean) / std, digits.test.targets)
 
 
 DAMPING = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -221,11 +220,6 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 def verdicts(cells: Cells) -> list[Row]:
     """The claims."""
-
-    def values(what: str, name: str) -> list[float]:
-        return [cell[what][name] for cell in cells]
-
-    accuracy = {name: values("accuracy", name) for name in FROZEN}
     margins = (
         ("dtp-drl", "dtp", 0.20),
         ("ddtp-linear", "dtp", 0.15),
@@ -236,8 +230,9 @@ def verdicts(cells: Cells) -> list[Row]:
     for better, worse, margin in margins:
         points = f", minus {100 * margin:.0f} points" if margin else ""
         what = f"lowest layer alone: accuracy minus that of {worse}{points}"
-        rows.append(difference("C2", better, what, accuracy[better], accuracy[worse], less=False, margin=margin))
-    wasted, doubled = values("wasted", "dtp"), [2 * value for value in values("wasted", "ddtp-linear")]
+        ours, theirs = (series(cells, "accuracy", name) for name in (better, worse))
+        rows.append(difference("C2", better, what, ours, theirs, less=False, margin=margin))
+    wasted, doubled = series(cells, "wasted", "dtp"), [2 * share for share in series(cells, "wasted", "ddtp-linear")]
     what = "wasted share of the update minus twice that of ddtp-linear"
     rows.append(difference("C5", "dtp", what, wasted, doubled, less=False))
     return rows + angle_verdicts(cells) + move_verdicts(cells)
@@ -245,50 +240,47 @@ def verdicts(cells: Cells) -> list[Row]:
 
 def tables(cells: Cells) -> list[Row]:
     """Accuracies, what is wasted, where updates point and what they do to the output."""
-
-    def values(what: str, name: str) -> list[float]:
-        return [cell[what][name] for cell in cells]
-
-    accuracy = {name: values("accuracy", name) for name in FROZEN}
+    angles = [
+        [name, _lowest(cells, name), [fmean(degrees) for degrees in series(cells, "angles", name, "targets")]]
+        for name in cells[0]["angles"]
+    ]
+    moves = [
+        [kind, name, *(series(cells, "moves", kind, name, i) for i in range(2))]
+        for kind in ("identity", "tanh")
+        for name in ("targets", "gradient")
+    ]
     return [
-        {
-            "title": "The lowest layer alone learns",
-            "note": "Test accuracy (0 to 1), mean over seeds with 95 % interval. dfa is ddtp-linear with fixed maps.",
-            "header": ["rule", "accuracy"],
-            "rows": [[name, shown(numbers)] for name, numbers in accuracy.items()],
-        },
-        {
-            "title": "What is wasted",
-            "note": "Share of the topmost hidden layer's update (norm) in the null space of the output's derivative.",
-            "header": ["rule", "share"],
-            "rows": [[name, shown(values("wasted", name))] for name in TOY],
-        },
-        {
-            "title": "Where updates point",
-            "note": "Degrees of a layer's update, all layers learning, to the gradient and to that of Gauss-Newton "
-            "targets at the damping that fits best; means over epochs and seeds with 95 % interval.",
-            "header": ["rule", "lowest layer, to the gradient", "all hidden layers, to Gauss-Newton targets"],
-            "rows": [
-                [name, shown(_lowest(cells, name)), shown([fmean(cell["angles"][name]["targets"]) for cell in cells])]
-                for name in cells[0]["angles"]
-            ],
-        },
-        {
-            "title": "What moving one layer does to the output",
-            "note": "Cosine between the output's first-order move and minus its error, 4-4-4-2 networks, mean over "
-            "seeds of 50 networks with 95 % interval, lower and upper hidden layer.",
-            "header": ["activation", "update", "lower", "upper"],
-            "rows": [
-                [kind, name, *(shown([cell["moves"][kind][name][i] for cell in cells]) for i in range(2))]
-                for kind in ("identity", "tanh")
-                for name in ("targets", "gradient")
-            ],
-        },
+        table(
+            "The lowest layer alone learns",
+            "Test accuracy (0 to 1), mean over seeds with 95 % interval. dfa is ddtp-linear with fixed maps.",
+            ["rule", "accuracy"],
+            ([name, series(cells, "accuracy", name)] for name in FROZEN),
+        ),
+        table(
+            "What is wasted",
+            "Share of the topmost hidden layer's update (norm) in the null space of the output's derivative.",
+            ["rule", "share"],
+            ([name, series(cells, "wasted", name)] for name in TOY),
+        ),
+        table(
+            "Where updates point",
+            "Degrees of a layer's update, all layers learning, to the gradient and to that of Gauss-Newton targets at the "
+            "damping that fits best; means over epochs and seeds with 95 % interval.",
+            ["rule", "lowest layer, to the gradient", "all hidden layers, to Gauss-Newton targets"],
+            angles,
+        ),
+        table(
+            "What moving one layer does to the output",
+            "Cosine between the output's first-order move and minus its error, 4-4-4-2 networks, mean over seeds of 50 "
+            "networks with 95 % interval, lower and upper hidden layer.",
+            ["activation", "update", "lower", "upper"],
+            moves,
+        ),
     ]
 
 
 def _lowest(cells: Cells, name: str) -> list[float]:
-    return [cell["angles"][name]["gradient"][0] for cell in cells]
+    return series(cells, "angles", name, "gradient", 0)
 
 
 def angle_verdicts(cells: Cells) -> list[Row]:
@@ -316,13 +308,13 @@ def move_verdicts(cells: Cells) -> list[Row]:
     rows = []
     for kind in ("identity", "tanh"):
         for i, layer in enumerate(("lower", "upper")):
-            targets, gradient = ([cell["moves"][kind][name][i] for cell in cells] for name in ("targets", "gradient"))
+            targets, gradient = (series(cells, "moves", kind, name, i) for name in ("targets", "gradient"))
             what = f"{kind}, {layer} layer: cosine of the output's move to minus the error, targets minus gradient"
             rows.append(difference("C6", "", what, targets, gradient, less=False))
     return rows
 
 
-main = SeedStudy("apical_papers.tp.targets", ABOUT, SETTINGS, _cell, verdicts, tables, out="results/tp-targets")
+main = SeedStudy("apical_papers.tp.targets", ABOUT, SETTINGS, _cell, verdicts, tables)
 
 
 if __name__ == "__main__":

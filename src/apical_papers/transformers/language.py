@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.finding import Row, at_most, difference
+from apical.bench.finding import Row, at_most, difference, table
 from apical.bench.program import about_study, keep_results, run_command
 from apical.bench.statistics import student
 from apical.data import Dataset
@@ -274,30 +274,24 @@ def tables(
         rows.append([name, student(values).shown(3), over, f"{best[name]:g}", angles or "-", numbers])
     rows += [[f"{name} counts", f"{value:.4g}", "-", "-", "-", "-"] for name, value in counts.items()]
     rates = [f"{lr:g}" for lr in options.rates]
-    chosen = [
-        [
-            name,
-            *(_loss(row.get(lr), "held out") for lr in options.rates),
-            "yes" if is_bracketed(options.rates, row) else "no",
-        ]
-        for name, row in tried.items()
-    ]
+    inside = {name: "yes" if is_bracketed(options.rates, row) else "no" for name, row in tried.items()}
+    chosen = [[name, *(_held_out(row.get(lr)) for lr in options.rates), inside[name]] for name, row in tried.items()]
     return [
-        {
-            "title": "Test loss, nats per character",
-            "note": "Mean over seeds with 95 % interval (Student's t), at the rate with the least loss on held-out windows. "
-            "Percent are over the same seeds of bp. Angles are those of feedback to weights, mean over layers, after the "
-            "first step and the last. The seed that chose the rate is among the seeds.",
-            "header": ["arm", "test loss", "% over bp", "rate", "angle, degrees", "each seed"],
-            "rows": rows,
-        },
-        {
-            "title": "Loss on held-out windows, by learning rate",
-            "note": "Seed 0, nats per character; a dash is a rate that was not tried. The best is bracketed where a lower "
-            "and a higher rate are worse.",
-            "header": ["arm", *rates, "bracketed"],
-            "rows": chosen,
-        },
+        table(
+            "Test loss, nats per character",
+            "Mean over seeds with 95 % interval (Student's t), at the rate with the least loss on held-out windows. Percent "
+            "are over the same seeds of bp. Angles are those of feedback to weights, mean over layers, after the first step "
+            "and the last. The seed that chose the rate is among the seeds.",
+            ["arm", "test loss", "% over bp", "rate", "angle, degrees", "each seed"],
+            rows,
+        ),
+        table(
+            "Loss on held-out windows, by learning rate",
+            "Seed 0, nats per character; a dash is a rate that was not tried. The best is bracketed where a lower and a "
+            "higher rate are worse.",
+            ["arm", *rates, "bracketed"],
+            chosen,
+        ),
     ]
 
 
@@ -309,8 +303,8 @@ def _order(cells: Sequence[Mapping[str, Any]]) -> float:
     return statistics.mean(cell["test"] for cell in whole) if whole else float("inf")
 
 
-def _loss(cell: Mapping[str, Any] | None, part: str) -> str:
-    return "-" if cell is None or cell[part] is None else f"{cell[part]:.4f}"
+def _held_out(cell: Mapping[str, Any] | None) -> str:
+    return "-" if cell is None or cell["held out"] is None else f"{cell['held out']:.4f}"
 
 
 main = partial(run_command, "apical_papers.transformers.language", Options, partial(study, about=ABOUT, judge=verdicts))

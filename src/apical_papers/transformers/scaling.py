@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import arg
 
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, difference, table
 from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import ConfigError
 from apical_papers.transformers.language import ARMS
@@ -71,14 +71,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
         "seeds": options.seeds,
         "rate at width 64": options.rate,
     }
-    table = {
-        "title": "Test loss by width, and exponent",
-        "note": "Nats per character, mean over seeds with 95 % interval; exponent b of loss = a width^-b.",
-        "header": ["rule", *(f"width {width}" for width in options.widths), "exponent"],
-        "rows": [[name, *map(shown, losses[name]), shown(exponents[name])] for name in losses],
-    }
+    by_width = table(
+        "Test loss by width, and exponent",
+        "Nats per character, mean over seeds with 95 % interval; exponent b of loss = a width^-b.",
+        ["rule", *(f"width {width}" for width in options.widths), "exponent"],
+        ([name, *losses[name], exponents[name]] for name in losses),
+    )
     every = [cell for group in cells.values() for cell in group]
-    return keep_results(options.out, command, ABOUT, settings, every, verdicts(exponents), [table])
+    return keep_results(options.out, command, ABOUT, settings, every, verdicts(exponents), [by_width])
 
 
 def exponent(widths: Sequence[int], losses: Sequence[float]) -> float:

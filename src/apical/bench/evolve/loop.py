@@ -19,7 +19,7 @@ from torch import Tensor
 from apical import data
 from apical.bench.checkpoint import read_sealed, write_sealed
 from apical.bench.evolve.recipe import ADDED, FREE_FIELDS, EvolutionRecipe
-from apical.bench.folders import check_writable, refuse_used
+from apical.bench.folders import check_writable, refuse_unlike, refuse_used
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import append_line, brief, read_json, read_lines, write_lines, write_state
 from apical.errors import CheckpointError, DataError
@@ -55,11 +55,7 @@ class EvolutionFolder:
             return False
         saved, options = {**ADDED, **read_json(self.config)}, recipe.to_json()
         unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in options.items() if k not in FREE_FIELDS and saved.get(k) != v]
-        if unlike:
-            raise CheckpointError(
-                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
-                "resume with the saved ones or choose another --out"
-            )
+        refuse_unlike(self.path, unlike)
         if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(options[name])]:
             raise CheckpointError(
                 f"{self.config} is damaged ({odd[0]} is {saved.get(odd[0])!r}); start again with --overwrite"

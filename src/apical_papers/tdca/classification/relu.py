@@ -20,13 +20,14 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, series
+from apical.bench.finding import table as table_of
 from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import require_choice
 from apical.evolution.classification import Classification
 from apical_papers.tdca.classification import study as base
 from apical_papers.tdca.classification.report import NAMES, percent
-from apical_papers.tdca.classification.verdicts import STRICT, Cell, harness, values
+from apical_papers.tdca.classification.verdicts import STRICT, Cell, harness, lower, near
 from apical_papers.tdca.trials import GRID, LAST, SWING
 
 ARMS = {"error": replace(base.ARMS["relu"], settled=LAST, output="error"), "evolved": base.ARMS["relu"]}
@@ -90,39 +91,40 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
     """All marks; none if the arm was not run."""
     if not cells:
         return []
-    ours, bp = (values(cells, rule, "accuracy") for rule in ("tdca", "bp"))
-    what = "accuracy minus (tuned BP's minus 1 point)"
-    rows = [difference("C8", "tdca", what, ours, bp, less=False, margin=-0.01)]
-    losses = values(cells, "tdca", "loss")
-    for rule in ("bp", "dfa", "shuffled", "hand-silent", "hand-random"):
-        title = "tuned BP's" if rule == "bp" else STRICT[rule]
-        rows.append(difference("C8", "tdca", f"loss minus {title}", losses, values(cells, rule, "loss"), less=True))
-    return [*rows, *harness(cells)]
+    others = {"bp": "tuned BP's", **{rule: STRICT[rule] for rule in ("dfa", "shuffled", "hand-silent", "hand-random")}}
+    return [near("C8", cells, before="accuracy"), *lower("C8", cells, others), *harness(cells)]
 
 
 def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
     """One row per rule and arm."""
 
-    def row(arm: str, rule: str) -> list[str]:
-        trials = [cell[part][rule] for cell in arms[arm]]
+    def row(arm: str, rule: str) -> list[Any]:
+        trials = series(arms[arm], part, rule)
         losses = [loss for trial in trials for loss in trial["losses"]]
         rates = " ".join(f"{rate:g}" for rate in sorted({trial["lr"] for trial in trials}))
-        shares = [percent([trial[key] for trial in trials]) for key in ("accuracy", "swings", "dead")]
-        loss, logit = (shown([trial[key] for trial in trials]) for key in ("loss", "logit"))
+        shares = [percent(series(trials, key)) for key in ("accuracy", "swings", "dead")]
         name = TITLES[rule] if rule != "tdca" else f"TDCA, the output's credit {'is the error' if arm == 'error' else arm}"
-        return [name, str(len(trials)), rates, loss, f"{median(losses):.2g}", f"{max(losses):.2g}", *shares, logit]
+        middle, worst = f"{median(losses):.2g}", f"{max(losses):.2g}"
+        return [name, str(len(trials)), rates, series(trials, "loss"), middle, worst, *shares, series(trials, "logit")]
 
-    return {
-        "title": title,
-        "note": "Learning rates; training loss in nats, mean with 95 % interval over meta-seeds, then median and worst of "
-        f"all tasks; accuracy on held-out images; tasks whose loss exceeds {SWING:g} at one of the last {LAST} steps; "
-        "hidden units that are silent for all training images; mean magnitude of the logits.",
-        "header": [
-            *("rule", "meta-seeds", "rates", "loss", "median", "worst", "accuracy, %", "swings, %"),
-            *("silent units, %", "logits"),
-        ],
-        "rows": [row(arm, rule) for arm in arms for rule in RULES[arm]],
-    }
+    note = (
+        "Learning rates; training loss in nats, mean with 95 % interval over meta-seeds, then median and worst of all "
+        f"tasks; accuracy on held-out images; tasks whose loss exceeds {SWING:g} at one of the last {LAST} steps; hidden "
+        "units that are silent for all training images; mean magnitude of the logits."
+    )
+    header = (
+        "rule",
+        "meta-seeds",
+        "rates",
+        "loss",
+        "median",
+        "worst",
+        "accuracy, %",
+        "swings, %",
+        "silent units, %",
+        "logits",
+    )
+    return table_of(title, note, header, (row(arm, rule) for arm in arms for rule in RULES[arm]))
 
 
 def study(options: Options, command: str) -> dict[str, Any]:

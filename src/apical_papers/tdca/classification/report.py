@@ -1,7 +1,7 @@
 """What the classification study writes: tables and figures, from the evolutions that are finished."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
 from apical.bench.figures.style import plain_log, styles
-from apical.bench.finding import shown
+from apical.bench.finding import series, shown, table
 from apical.bench.program import about_study, keep_results
 from apical.bench.statistics import student
 from apical_papers.tdca.classification.verdicts import Cell, released, values, verdicts
@@ -89,23 +89,26 @@ _CREDIT = (
 )
 
 
-def percent(found: Sequence[float]) -> str:
-    """Shares in per cent: mean with interval."""
-    return shown([100 * value for value in found])
+def percent(found: Sequence[float]) -> list[float]:
+    """Shares in per cent."""
+    return [100 * value for value in found]
+
+
+MEASURES: dict[str, tuple[str, Callable[[Sequence[float]], Sequence[float]]]] = {
+    "loss": ("loss", list),
+    "accuracy": ("accuracy, %", percent),
+}
+"""Key of a measure -> how tables call it, and what they show of its values."""
 
 
 def _lineup(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
-    rows = []
-    for arm, cells in arms.items():
-        for key, form, unit in (("loss", shown, "loss"), ("accuracy", percent, "accuracy, %")):
-            rows.append([TITLES[arm], str(len(cells)), unit, *(form(values(cells, rule, key, part)) for rule in NAMES)])
-    return {
-        "title": title,
-        "note": "Training loss in nats and accuracy on held-out images of the same tasks: mean over meta-seeds with 95 % "
-        "interval.",
-        "header": ["learner or evolution", "meta-seeds", "measure", *NAMES.values()],
-        "rows": rows,
-    }
+    rows = [
+        [TITLES[arm], str(len(cells)), unit, *(form(values(cells, rule, key, part)) for rule in NAMES)]
+        for arm, cells in arms.items()
+        for key, (unit, form) in MEASURES.items()
+    ]
+    note = "Training loss in nats and accuracy on held-out images of the same tasks: mean over meta-seeds with 95 % interval"
+    return table(title, f"{note}.", ["learner or evolution", "meta-seeds", "measure", *NAMES.values()], rows)
 
 
 def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
@@ -116,14 +119,13 @@ def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
             losses = [cell["tuned"][rule]["losses"] for rule in rules]
             parts = [f"{statistics.median(of_rule):.2g}, {max(of_rule):.2g}" for of_rule in losses]
             rows.append([TITLES[arm], str(cell["seed"]), *parts])
-    return {
-        "title": "Median and worst task",
-        "note": "Training loss in nats with tuned learning rates: median over tasks, then the worst task. Added after the "
-        "run; no mark was set on it. Where one task of all is far above the others, it decides the mean, and so the "
-        "verdict.",
-        "header": ["learner or evolution", "meta-seed", *(NAMES[rule] for rule in rules)],
-        "rows": rows,
-    }
+    note = (
+        "Training loss in nats with tuned learning rates: median over tasks, then the worst task. Added after the run; no "
+        "mark was set on it. Where one task of all is far above the others, it decides the mean, and so the verdict."
+    )
+    return table(
+        "Median and worst task", note, ["learner or evolution", "meta-seed", *(NAMES[rule] for rule in rules)], rows
+    )
 
 
 def generations_to(cell: Cell, loss: float = 0.1) -> int | None:
@@ -144,17 +146,13 @@ def reached(generations: Sequence[int | None]) -> str:
 def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     rows = []
     for arm, cells in arms.items():
-        until = reached([generations_to(cell) for cell in cells])
-        seconds = shown([cell["seconds_per_generation"] for cell in cells])
+        until, seconds = reached([generations_to(cell) for cell in cells]), series(cells, "seconds_per_generation")
         rows.append([TITLES[arm], str(cells[0]["parameters"]), seconds, until])
-    return {
-        "title": "Evolutions",
-        "note": "Weights of the top-down network; seconds per generation of 64 lifetimes on one core, whatever else the "
-        "machine was doing; generations until the loss in evolution stays below 0.1 (median of five), and how many "
-        "evolutions got there.",
-        "header": ["evolution", "weights", "s per generation", "generations to 0.1"],
-        "rows": rows,
-    }
+    note = (
+        "Weights of the top-down network; seconds per generation of 64 lifetimes on one core, whatever else the machine was "
+        "doing; generations until the loss in evolution stays below 0.1 (median of five), and how many evolutions got there."
+    )
+    return table("Evolutions", note, ["evolution", "weights", "s per generation", "generations to 0.1"], rows)
 
 
 def _left_out(arms: Mapping[str, Sequence[Cell]]) -> list[str]:
@@ -164,19 +162,14 @@ def _left_out(arms: Mapping[str, Sequence[Cell]]) -> list[str]:
 
 
 def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict[str, Any]:
-    names = list(cells[0].get(part, {})) if cells else []
     rules = ("tdca", "bp")
     rows = [
-        [name, unit, *(form([cell[part][name][rule][key] for cell in cells]) for rule in rules)]
-        for name in names
-        for key, form, unit in (("loss", shown, "loss"), ("accuracy", percent, "accuracy, %"))
+        [name, unit, *(form(series(cells, part, name, rule, key)) for rule in rules)]
+        for name in (cells[0].get(part, {}) if cells else ())
+        for key, (unit, form) in MEASURES.items()
     ]
-    return {
-        "title": title,
-        "note": f"{about} the first column; all learning rates tuned there. Mean over meta-seeds with 95 % interval.",
-        "header": [part, "measure", *(NAMES[rule] for rule in rules)],
-        "rows": rows,
-    }
+    note = f"{about} the first column; all learning rates tuned there. Mean over meta-seeds with 95 % interval."
+    return table(title, note, [part, "measure", *(NAMES[rule] for rule in rules)], rows)
 
 
 def error_bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[list[float]]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apical.bench.finding import Row, difference, interval
+from apical.bench.finding import Row, difference, interval, series, table
 
 Cell = Mapping[str, Any]
 
@@ -20,7 +20,23 @@ STRICT = {
 
 def values(cells: Sequence[Cell], rule: str, key: str, part: str = "tuned") -> list[float]:
     """A measure of a rule, one value per meta-seed."""
-    return [cell[part][rule][key] for cell in cells]
+    return series(cells, part, rule, key)
+
+
+def lower(figure: str, cells: Sequence[Cell], titles: Mapping[str, str], before: str = "") -> list[Row]:
+    """Whether TDCA's loss lies below that of each of these rules."""
+    ours = values(cells, "tdca", "loss")
+    return [
+        difference(figure, "tdca", f"{before}loss minus {title}", ours, values(cells, rule, "loss"), less=True)
+        for rule, title in titles.items()
+    ]
+
+
+def near(figure: str, cells: Sequence[Cell], rule: str = "tdca", title: str = "tdca", before: str = "") -> Row:
+    """Whether the accuracy of a rule lies within 1 point of tuned backpropagation's."""
+    ours, bp = (values(cells, each, "accuracy") for each in (rule, "bp"))
+    what = f"{before} minus (tuned BP's minus 1 point)"
+    return difference(figure, title, what, ours, bp, less=False, margin=-0.01)
 
 
 def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
@@ -43,9 +59,7 @@ def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
 
 def harness(cells: Sequence[Cell]) -> list[Row]:
     """Whether a teacher that needs no evolution passes in this harness; no claim of the paper."""
-    ours, bp = (values(cells, rule, "accuracy") for rule in ("hand-random", "bp"))
-    what = "the harness: accuracy of the hand-built teacher minus (tuned BP's minus 1 point)"
-    return [difference("-", "hand-built", what, ours, bp, less=False, margin=-0.01)]
+    return [near("-", cells, "hand-random", "hand-built", "the harness: accuracy of the hand-built teacher")]
 
 
 def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
@@ -53,27 +67,19 @@ def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
     rows: list[Row] = []
     unit, sites, relu = ([*arms.get(arm, ())] for arm in ("unit", "sites-4", "relu"))
     if len(unit) > 1:
-        rows += forms(unit)
-        for rule, title in STRICT.items():
-            ours, theirs = values(unit, "tdca", "loss"), values(unit, rule, "loss")
-            rows.append(difference("C2", "tdca", f"loss minus {title}", ours, theirs, less=True))
-        rows += harness(unit)
+        rows += [*forms(unit), *lower("C2", unit, STRICT), *harness(unit)]
     if len(sites) == len(unit) > 1:
         what = "diffusion, 4 sites: accuracy minus (that of a credit per unit minus 1 point)"
         ours, full = (values(cells, "tdca", "accuracy") for cells in (sites, unit))
         rows.append(difference("C3", "tdca", what, ours, full, less=False, margin=-0.01))
     for figure, part, cells in (("C6", "elsewhere", unit), ("C8", "widths", sites)):
         for name in cells[0][part] if len(cells) > 1 else ():
-            ours, bp = ([cell[part][name][rule]["accuracy"] for cell in cells] for rule in ("tdca", "bp"))
+            ours, bp = (series(cells, part, name, rule, "accuracy") for rule in ("tdca", "bp"))
             what = f"{'width ' if part == 'widths' else ''}{name}: accuracy minus 97 % of tuned BP's"
             rows.append(difference(figure, "tdca", what, ours, [0.97 * accuracy_of_bp for accuracy_of_bp in bp], less=False))
     if len(relu) > 1:
-        ours, bp = (values(relu, rule, "accuracy") for rule in ("tdca", "bp"))
-        what = "ReLU: accuracy minus (tuned BP's minus 1 point)"
-        rows.append(difference("C8", "tdca", what, ours, bp, less=False, margin=-0.01))
-        ours = values(relu, "tdca", "loss")
-        for rule, title in {"bp": "tuned BP's", "dfa": STRICT["dfa"]}.items():
-            rows.append(difference("C8", "tdca", f"ReLU: loss minus {title}", ours, values(relu, rule, "loss"), less=True))
+        rows.append(near("C8", relu, before="ReLU: accuracy"))
+        rows += lower("C8", relu, {"bp": "tuned BP's", "dfa": STRICT["dfa"]}, "ReLU: ")
     return rows
 
 
@@ -81,11 +87,11 @@ def released(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
     """The same forms for credit on probabilities, in a table apart: they are not counted."""
     cells = arms.get("released", ())
     rows = forms(cells, "tdca-probabilities") if len(cells) > 1 else []
-    return {
-        "title": "Credit on probabilities, as in the authors' code",
-        "note": "The arm nearest to the released code, at this study's sizes: credit on probabilities, not relative to a "
-        "right prediction, from random weights. Its verdicts are not counted among those above. The set-up of the paper "
-        "itself is not known.",
-        "header": ["quantity", "mark", "mean [95 % interval]", "n", "verdict"],
-        "rows": [[row["what"], row["mark"], interval(row), str(row["n"]), row["verdict"]] for row in rows],
-    }
+    return table(
+        "Credit on probabilities, as in the authors' code",
+        "The arm nearest to the released code, at this study's sizes: credit on probabilities, not relative to a right "
+        "prediction, from random weights. Its verdicts are not counted among those above. The set-up of the paper itself is "
+        "not known.",
+        ["quantity", "mark", "mean [95 % interval]", "n", "verdict"],
+        ([row["what"], row["mark"], interval(row), str(row["n"]), row["verdict"]] for row in rows),
+    )

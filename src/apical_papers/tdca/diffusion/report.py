@@ -7,9 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import render
-from apical.bench.finding import Row, difference, shown
+from apical.bench.finding import Row, difference, series
+from apical.bench.finding import table as table_of
 from apical.bench.program import about_study, keep_results
-from apical_papers.tdca.classification.report import error_bar, generations_to, reached
+from apical_papers.tdca.classification.report import error_bar, generations_to, percent, reached
 
 Cell = Mapping[str, Any]
 
@@ -64,23 +65,21 @@ _CAPTION = (
 
 def values(cells: Sequence[Cell], arm: str, key: str) -> list[float]:
     """Accuracy or loss under the evolved network, or the seconds per generation, one value per meta-seed."""
-    results = [cell["arms"][arm] for cell in cells]
-    return [arm_result[key] if key == "seconds_per_generation" else arm_result["tdca"][key] for arm_result in results]
+    return series(cells, "arms", arm, *(() if key == "seconds_per_generation" else ("tdca",)), key)
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Row]:
     """Accuracy kept and time saved: each coarser credit against credit per weight, and each K against credit per unit."""
     rows = []
-    for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
-        for after in afters:
-            what = f"credit {TITLES[after]}: accuracy minus (that of credit {TITLES[before]} minus 1 point)"
-            ours, theirs = (values(cells, arm, "accuracy") for arm in (after, before))
-            rows.append(difference("C3", "tdca", what, ours, theirs, less=False, margin=-0.01))
-    for before, afters in (("weight", list(TITLES)[2:]), ("unit", list(TITLES)[3:])):
-        for after in afters:
-            what = f"credit {TITLES[after]}: seconds per generation minus those of credit {TITLES[before]}"
-            ours, theirs = (values(cells, arm, "seconds_per_generation") for arm in (after, before))
-            rows.append(difference("C3", "tdca", what, ours, theirs, less=True))
+    pairs = [("weight", after) for after in list(TITLES)[2:]] + [("unit", after) for after in list(TITLES)[3:]]
+    for before, after in pairs:
+        what = f"credit {TITLES[after]}: accuracy minus (that of credit {TITLES[before]} minus 1 point)"
+        ours, theirs = (values(cells, arm, "accuracy") for arm in (after, before))
+        rows.append(difference("C3", "tdca", what, ours, theirs, less=False, margin=-0.01))
+    for before, after in pairs:
+        what = f"credit {TITLES[after]}: seconds per generation minus those of credit {TITLES[before]}"
+        ours, theirs = (values(cells, arm, "seconds_per_generation") for arm in (after, before))
+        rows.append(difference("C3", "tdca", what, ours, theirs, less=True))
     what = "credit per weight: accuracy with local factors minus that of credit alone"
     ours, theirs = (values(cells, arm, "accuracy") for arm in ("weight", "weight-alone"))
     return [*rows, difference("C3", "tdca", what, ours, theirs, less=False)]
@@ -88,31 +87,31 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 
 def table(cells: Sequence[Cell]) -> dict[str, Any]:
     """One row per kind of credit, and rules that nothing evolved."""
-    rows = []
+    rows: list[list[Any]] = []
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
         count = cells[0]["arms"][arm]["parameters"]
         until = reached([generations_to(cell["arms"][arm], TARGET) for cell in cells])
         measures = (
             values(cells, arm, "loss"),
-            [100 * accuracy for accuracy in values(cells, arm, "accuracy")],
-            [100 * cell["arms"][arm]["unevolved"]["accuracy"] for cell in cells],
+            percent(values(cells, arm, "accuracy")),
+            percent(series(cells, "arms", arm, "unevolved", "accuracy")),
             values(cells, arm, "seconds_per_generation"),
         )
-        rows.append([title, str(count), f"{100 * count / per_weight:.1f}", *map(shown, measures), until])
+        rows.append([title, str(count), f"{100 * count / per_weight:.1f}", *measures, until])
     for rule, title in {**BY_HAND, "bp": "backpropagation"}.items():
-        loss, accuracy = ([cell[rule][key] for cell in cells] for key in ("loss", "accuracy"))
-        rows.append([title, "-", "-", shown(loss), shown([100 * value for value in accuracy]), "-", "-", "-"])
-    return {
-        "title": "Before and after",
-        "note": "Weights of the top-down network, and in per cent of those for a credit per weight; training loss (nats) "
-        "and accuracy on held-out images of unseen tasks, learning rates tuned; accuracy under the network before its "
+        accuracy = percent(series(cells, rule, "accuracy"))
+        rows.append([title, "-", "-", series(cells, rule, "loss"), accuracy, "-", "-", "-"])
+    return table_of(
+        "Before and after",
+        "Weights of the top-down network, and in per cent of those for a credit per weight; training loss (nats) and "
+        "accuracy on held-out images of unseen tasks, learning rates tuned; accuracy under the network before its "
         "evolution; median seconds of a generation, all evolutions of a meta-seed taking turns; generations until the loss "
         f"in evolution stays below {TARGET} (median of five), and how many evolutions got there. Mean over meta-seeds with "
         "95 % interval.",
-        "header": ["credit", "weights", "%", "loss", "accuracy, %", "unevolved, %", "s per generation", f"to {TARGET} nats"],
-        "rows": rows,
-    }
+        ["credit", "weights", "%", "loss", "accuracy, %", "unevolved, %", "s per generation", f"to {TARGET} nats"],
+        rows,
+    )
 
 
 def figure(cells: Sequence[Cell]) -> Figure:

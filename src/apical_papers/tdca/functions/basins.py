@@ -27,7 +27,8 @@ from tyro.conf import arg
 
 from apical.bench.cells import kept
 from apical.bench.figures.curves import render
-from apical.bench.finding import Row, count, difference, shown
+from apical.bench.finding import Row, count, difference
+from apical.bench.finding import table as table_of
 from apical.bench.program import about_study, in_order, keep_results, run_command
 from apical.evolution.functions import BOX, Function, best_of_random, descend, draw
 from apical.evolution.minimisation import Minimisation, together
@@ -121,21 +122,21 @@ def ends(case: Case, center: Tensor, seed: int, rates: Mapping[str, float]) -> d
     return {name: outcomes(case.of, starts, paths[name], shift).tolist() for name in METHODS}
 
 
-def cell(case: Case, options: Options) -> dict[str, Any]:
-    """The evolutions of a function and what became of the starts of each."""
+def kept_cell(options: Options, config: dict[str, Any], case: Case) -> dict[str, Any]:
+    """The evolutions of a function and what became of the starts of each, from the folder or made now."""
+    path = options.out / "cells" / f"{case.stem}.json"
+    return kept(path, config, partial(cell, case, options, path))
+
+
+def cell(case: Case, options: Options, path: Path) -> dict[str, Any]:
+    """The same, made; generations are kept beside the path."""
     seeds = range(FIRST, FIRST + options.seeds)
     tasks = [Minimisation(case.setting(seed)) for seed in seeds]
-    path = options.out / "cells" / f"{case.stem}.pt"
-    starts = [task.start for task in tasks]
-    evolution = evolve(tasks, seeds, starts, together, STRATEGY, options.generations, path, every=50)
+    starts, states = [task.start for task in tasks], path.with_suffix(".pt")
+    evolution = evolve(tasks, seeds, starts, together, STRATEGY, options.generations, states, every=50)
     rates = tuned(case, VALIDATION)["rates"]
     centers = map(torch.tensor, evolution["centers"])
     return {"rates": rates, "ends": [ends(case, c, seed, rates) for c, seed in zip(centers, seeds, strict=True)]}
-
-
-def kept_case(options: Options, config: dict[str, Any], case: Case) -> dict[str, Any]:
-    """A function's cell from the folder, or made now."""
-    return kept(options.out / "cells" / f"{case.stem}.json", config, partial(cell, case, options))
 
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -168,16 +169,12 @@ def verdicts(cells: Cells) -> list[Row]:
 def table(cells: Cells) -> dict[str, Any]:
     """Per function and method, where starts end."""
     rows = [
-        [title, name, *(shown([100 * share for share in shares(record, method, outcome)]) for outcome in OUTCOMES)]
+        [title, name, *([100 * share for share in shares(record, method, outcome)] for outcome in OUTCOMES)]
         for title, record in cells.items()
         for method, name in METHODS.items()
     ]
-    return {
-        "title": "Where starts end, %",
-        "note": "Of the starts that are not in the basin of a global minimum: mean over meta-seeds with 95 % interval.",
-        "header": ["function", "method", *OUTCOMES.values()],
-        "rows": rows,
-    }
+    note = "Of the starts that are not in the basin of a global minimum: mean over meta-seeds with 95 % interval."
+    return table_of("Where starts end, %", note, ["function", "method", *OUTCOMES.values()], rows)
 
 
 def figure(cells: Cells) -> Figure:
@@ -208,7 +205,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
         CheckpointError: the folder holds evolutions with other options.
     """
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
-    made = in_order(options.jobs, CASES, partial(kept_case, options, config), options.out)
+    made = in_order(options.jobs, CASES, partial(kept_cell, options, config), options.out)
     cells = {case.title: content for case, content in zip(CASES, made, strict=True)}
     caption = (
         "Starts in the box, coloured by where 60 steps from there end; white: starts in the basin of a global minimum. "

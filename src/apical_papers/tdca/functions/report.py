@@ -7,7 +7,7 @@ from typing import Any
 from scipy import stats
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.finding import Row, count, difference, interval, shown
+from apical.bench.finding import Row, count, difference, interval, table
 from apical.bench.program import about_study, keep_results
 from apical_papers.tdca.functions.figures import final_values, trajectories
 
@@ -95,7 +95,7 @@ def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapp
     ]
     settings = {**settings, "seconds of all runs": seconds}
     title = TITLE if groups["plane"] else f"{TITLE}: ten dimensions, longer evolutions"
-    full = [table for table in tables if table["rows"]]
+    full = [each for each in tables if each["rows"]]
     about = about_study(title, ABOUT, MARKS)
     return keep_results(out, command, about, settings, cells.values(), rows, full, draw(cells, groups))
 
@@ -136,52 +136,52 @@ def verdicts(cells: Cells, groups: Groups) -> list[Row]:
     return counts + singles
 
 
-def _values(cells: Cells, groups: Groups) -> dict[str, Any]:
-    rows = []
-    for case in (*groups["plane"], *groups["further"], *groups["large"]):
-        columns = [("tdca", "final"), ("tdca", "best"), *((name, "final") for name in (*CONTROLS, BY_HAND, "unevolved"))]
-        rows.append([case.title, *(shown(taken(cells, case, name, key)) for name, key in columns)])
-    return {
-        "title": "Values after 60 steps, unseen shifts",
-        "note": "Mean over held-out starts; mean over meta-seeds with 95 % interval. The global minimum is 0. TDCA's best "
-        "is the lowest value that the path touched: where it is far below the final value, the network found a minimum and "
-        "left it. Capped gradient is a top-down network made by hand, T proportional to the gradient, in steps of at most "
-        "0.5.",
-        "header": ["function", "TDCA", "TDCA, best point", *CONTROLS.values(), "capped gradient, by hand", "unevolved"],
-        "rows": rows,
-    }
+def _with_memory(groups: Groups) -> list[Any]:
+    """The cases whose networks have memory."""
+    return [*groups["plane"], *groups["further"], *groups["large"]]
 
 
-def _larger(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
+def _values(cells: Cells, groups: Groups) -> Row:
+    columns = [("tdca", "final"), ("tdca", "best"), *((name, "final") for name in (*CONTROLS, BY_HAND, "unevolved"))]
+    return table(
+        "Values after 60 steps, unseen shifts",
+        "Mean over held-out starts; mean over meta-seeds with 95 % interval. The global minimum is 0. TDCA's best is the "
+        "lowest value that the path touched: where it is far below the final value, the network found a minimum and left "
+        "it. Capped gradient is a top-down network made by hand, T proportional to the gradient, in steps of at most 0.5.",
+        ["function", "TDCA", "TDCA, best point", *CONTROLS.values(), "capped gradient, by hand", "unevolved"],
+        ([case.title, *(taken(cells, case, name, key) for name, key in columns)] for case in _with_memory(groups)),
+    )
+
+
+def _larger(cells: Cells, cases: Sequence[Any]) -> Row:
     rows = []
     for case in cases:
         (large,) = (d for d in cells[case]["controls"] if int(d) != case.dimension)
         values = [taken(cells, case, name, dimension=int(large)) for name in CONTROLS]
         ours = taken(cells, case, "tdca-larger")
-        rows.append([f"{case.of.title}, {large}-D", *(shown(numbers) for numbers in (ours, *values))])
-    return {
-        "title": "Networks of ten dimensions in thirty",
-        "note": "Each network evolved in 10-D is applied, unchanged, to thirty coordinates in turn, 180 steps in all; the "
-        "controls have 180 steps or points too, and rates chosen there. No mark was set.",
-        "header": ["function", "TDCA", *CONTROLS.values()],
-        "rows": rows,
-    }
+        rows.append([f"{case.of.title}, {large}-D", ours, *values])
+    return table(
+        "Networks of ten dimensions in thirty",
+        "Each network evolved in 10-D is applied, unchanged, to thirty coordinates in turn, 180 steps in all; the controls "
+        "have 180 steps or points too, and rates chosen there. No mark was set.",
+        ["function", "TDCA", *CONTROLS.values()],
+        rows,
+    )
 
 
-def _stateless(cells: Cells, cases: Sequence[Any]) -> dict[str, Any]:
+def _stateless(cells: Cells, cases: Sequence[Any]) -> Row:
     rows = []
     for case in cases:
-        every = against(cells, case)
-        row = strongest(every)
+        row = strongest(against(cells, case))
         control = row["what"].partition("that of ")[2]
-        rows.append([case.title, shown(taken(cells, case, "tdca")), control, interval(row), row["verdict"]])
-    return {
-        "title": "Without memory, steps of at most 0.1, as before",
-        "note": "Networks as in the released code, without memory, which see their last step, the change it made and the "
-        "value. Their difference from the strongest control, with the verdict that the mark gives.",
-        "header": ["function", "TDCA, stateless", "strongest control", "difference", "verdict"],
-        "rows": rows,
-    }
+        rows.append([case.title, taken(cells, case, "tdca"), control, interval(row), row["verdict"]])
+    return table(
+        "Without memory, steps of at most 0.1, as before",
+        "Networks as in the released code, without memory, which see their last step, the change it made and the value. "
+        "Their difference from the strongest control, with the verdict that the mark gives.",
+        ["function", "TDCA, stateless", "strongest control", "difference", "verdict"],
+        rows,
+    )
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -194,42 +194,37 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def _successes(cells: Cells, groups: Groups, settings: Mapping[str, Any]) -> dict[str, Any]:
-    rows = []
-    for case in (*groups["plane"], *groups["further"], *groups["large"]):
-        line = [case.title]
-        for method in ("tdca", *CONTROLS):
-            hits = taken(cells, case, method, "successes")
-            n = len(hits) * settings["starts"]
-            low, high = wilson(int(sum(hits)), n)
-            line.append(f"{100 * sum(hits) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
-        rows.append(line)
-    return {
-        "title": "Starts that end at a global minimum, %",
-        "note": f"Within {settings['success within']} of it (the box of starts is 6 wide), of all meta-seeds together, with "
+def _successes(cells: Cells, groups: Groups, settings: Mapping[str, Any]) -> Row:
+    def share(case: Any, method: str) -> str:
+        hits = taken(cells, case, method, "successes")
+        n = len(hits) * settings["starts"]
+        low, high = wilson(int(sum(hits)), n)
+        return f"{100 * sum(hits) / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    return table(
+        "Starts that end at a global minimum, %",
+        f"Within {settings['success within']} of it (the box of starts is 6 wide), of all meta-seeds together, with "
         "Wilson's 95 % interval, which takes starts of one meta-seed for independent.",
-        "header": ["function", "TDCA", *CONTROLS.values()],
-        "rows": rows,
-    }
+        ["function", "TDCA", *CONTROLS.values()],
+        ([case.title, *(share(case, method) for method in ("tdca", *CONTROLS))] for case in _with_memory(groups)),
+    )
 
 
-def _rates(cells: Cells, groups: Groups) -> dict[str, Any]:
+def _rates(cells: Cells, groups: Groups) -> Row:
     rows = []
-    for case in (*groups["plane"], *groups["further"], *groups["large"]):
+    for case in _with_memory(groups):
         rates = cells[case]["controls"][str(case.dimension)]["tuned"]["rates"]
         seconds = cells[case]["evolution"] / len(cells[case]["seeds"])
         generations = str(cells[case]["config"]["generations"])
         names = ("gd", "momentum", "adam", BY_HAND)
         rows.append([case.title, *(f"{rates[name]:.3g}" for name in names), generations, f"{seconds:.0f}"])
-    return {
-        "title": "Learning rates of the controls, and length of evolution",
-        "note": "Rates with the lowest mean final value on validation starts. Seconds are wall-clock time on a machine that "
-        "other work shared.",
-        "header": [
-            *("function", "gradient descent", "momentum", "Adam", "capped gradient", "generations", "seconds per evolution")
-        ],
-        "rows": rows,
-    }
+    return table(
+        "Learning rates of the controls, and length of evolution",
+        "Rates with the lowest mean final value on validation starts. Seconds are wall-clock time on a machine that other "
+        "work shared.",
+        ["function", "gradient descent", "momentum", "Adam", "capped gradient", "generations", "seconds per evolution"],
+        rows,
+    )
 
 
 def draw(cells: Cells, groups: Groups) -> list[Drawing]:
@@ -241,7 +236,7 @@ def draw(cells: Cells, groups: Groups) -> list[Drawing]:
             ]
             for method in ("tdca", *CONTROLS)
         }
-        for case in (*groups["plane"], *groups["further"], *groups["large"])
+        for case in _with_memory(groups)
     }
     drawn = [case for case in groups["plane"] if case.function in ("rastrigin", "ackley", "schwefel")]
     networks = {case: cells[case]["seeds"][0]["center"] for case in drawn}

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from apical.bench.figures.curves import Drawing, render
-from apical.bench.finding import Row, count, difference, interval, shown
+from apical.bench.finding import Row, count, difference, interval, series, shown, table
 from apical.bench.program import about_study, keep_results
 from apical.bench.statistics import student
 
@@ -114,11 +114,11 @@ def report(
     rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
     tables = [
         *(
-            table
+            each
             for case in cases
-            for table in (ends_table(case, cells[case.stem][1], train, METHODS), _controls(case, cells[case.stem][1], train))
+            for each in (ends_table(case, cells[case.stem][1], train, METHODS), _controls(case, cells[case.stem][1], train))
         ),
-        *_missed(cases),
+        *missed([row for case in cases for row in MISSED.get(case.stem, ())], "tables and figures suggest"),
         *([_ungated(cells["cart-pole"][1], train)] if "cart-pole" in cells else []),
         *(rates_table(case, cells[case.stem][1]) for case in cases),
     ]
@@ -137,23 +137,20 @@ def describe(cases: Sequence[Any]) -> dict[str, Any]:
     return about_study(title, ABOUT.format(steps=steps, ungated=ungated), MARKS.format(gains=gains, harmless=harmless))
 
 
-def _missed(cases: Sequence[Any]) -> list[dict[str, Any]]:
-    """The table of what does not hold, as far as it is about these cases."""
-    rows = [row for case in cases for row in MISSED.get(case.stem, ())]
-    note = "Reasons are what the tables and figures suggest; none was tested by an experiment of its own."
-    header = ["where", "why", "tried"]
-    table = {"title": "What does not hold, why, and what was tried", "note": note, "header": header, "rows": rows}
-    return [table] if rows else []
+def missed(rows: Sequence[Sequence[str]], suggested: str) -> list[Row]:
+    """The table of what does not hold, if there is anything."""
+    note = f"Reasons are what the {suggested}; none was tested by an experiment of its own."
+    return [table("What does not hold, why, and what was tried", note, ["where", "why", "tried"], rows)] if rows else []
 
 
 def ends(cells: Cells, method: str, place: str) -> list[float]:
     """Mean return at the end of lifetimes, one value per meta-seed."""
-    return [cell["methods"][method]["end"][place] for cell in cells]
+    return series(cells, "methods", method, "end", place)
 
 
 def untrained(cells: Cells, method: str) -> list[float]:
     """Mean return in the first update of the training range, before learning, one value per meta-seed."""
-    return [cell["methods"][method]["curve"][0] for cell in cells]
+    return series(cells, "methods", method, "curve", 0)
 
 
 def above(rule: str, what: str, values: Sequence[float], others: Sequence[float], mark: float = 0.0) -> Row:
@@ -205,17 +202,15 @@ def verdicts(case: Any, cells: Cells, train: str) -> list[Row]:
 
 def ends_table(case: Any, cells: Cells, train: str, methods: Mapping[str, str]) -> dict[str, Any]:
     """What policies of a case come to, under each of the methods, which have titles."""
-    rows = [[place, *(shown(ends(cells, method, place)) for method in methods)] for place in (train, *case.unseen)]
-    rows.append([train + SHUFFLED, *(shown(ends(cells, f"{method}-shuffled", train)) for method in methods)])
-    rows.append([f"{train}, before learning", *(shown(untrained(cells, method)) for method in methods)])
-    return {
-        "title": f"{case.title}: return at the end of lifetimes",
-        "note": "Mean of the last 5 updates over new policies; mean over meta-seeds with 95 % interval. By hand: a (pi - y) "
-        "for the logits and nothing for hidden units, what a gated network could send. Shuffled: the same rules with "
-        "advantages dealt out anew among time steps.",
-        "header": ["setting", *methods.values()],
-        "rows": rows,
-    }
+    rows = [[place, *(ends(cells, method, place) for method in methods)] for place in (train, *case.unseen)]
+    rows.append([train + SHUFFLED, *(ends(cells, f"{method}-shuffled", train) for method in methods)])
+    rows.append([f"{train}, before learning", *(untrained(cells, method) for method in methods)])
+    note = (
+        "Mean of the last 5 updates over new policies; mean over meta-seeds with 95 % interval. By hand: a (pi - y) for the "
+        "logits and nothing for hidden units, what a gated network could send. Shuffled: the same rules with advantages "
+        "dealt out anew among time steps."
+    )
+    return table(f"{case.title}: return at the end of lifetimes", note, ["setting", *methods.values()], rows)
 
 
 def _controls(case: Any, cells: Cells, train: str) -> dict[str, Any]:
@@ -224,12 +219,8 @@ def _controls(case: Any, cells: Cells, train: str) -> dict[str, Any]:
         theirs = ends(cells, "reinforce", place)
         comparisons = (above("", "", ends(cells, method, place), theirs) for method in ("gated", "state", "by-hand"))
         rows.append([place, *(interval(row) for row in comparisons)])
-    return {
-        "title": f"{case.title}: difference from REINFORCE",
-        "note": "Paired over meta-seeds; mean with 95 % interval (Student's t).",
-        "header": ["setting", *(METHODS[method] for method in ("gated", "state", "by-hand"))],
-        "rows": rows,
-    }
+    note, header = "Paired over meta-seeds; mean with 95 % interval (Student's t).", ("gated", "state", "by-hand")
+    return table(f"{case.title}: difference from REINFORCE", note, ["setting", *map(METHODS.__getitem__, header)], rows)
 
 
 def _ungated(cells: Cells, train: str) -> dict[str, Any]:
@@ -238,13 +229,13 @@ def _ungated(cells: Cells, train: str) -> dict[str, Any]:
         above("tdca-ungated", "return minus that of REINFORCE", ours, ends(cells, "reinforce", train)),
         above("tdca-ungated", "return at the end minus that before learning", ours, untrained(cells, "ungated")),
     ]
-    return {
-        "title": "CartPole, not gated, as before",
-        "note": "Networks as in the released code: the advantage is an input, credit goes to probabilities and hidden "
-        f"units. They end at {shown(ours)} steps. Evolution's first step is to do no harm, and it goes no further.",
-        "header": ["quantity, training range", "mark", "mean [95 % interval]", "verdict"],
-        "rows": [[row["what"], row["mark"], interval(row), row["verdict"]] for row in rows],
-    }
+    return table(
+        "CartPole, not gated, as before",
+        "Networks as in the released code: the advantage is an input, credit goes to probabilities and hidden units. They "
+        f"end at {shown(ours)} steps. Evolution's first step is to do no harm, and it goes no further.",
+        ["quantity, training range", "mark", "mean [95 % interval]", "verdict"],
+        ([row["what"], row["mark"], interval(row), row["verdict"]] for row in rows),
+    )
 
 
 def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
@@ -254,17 +245,13 @@ def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
     rows = [
         [
             name,
-            *(f"{np.mean([cell['methods'][name]['returns'][rate] for cell in cells]):.1f}" for rate in rates),
-            ", ".join(f"{cell['methods'][name]['rate']:g}" for cell in cells),
+            *(f"{np.mean(series(cells, 'methods', name, 'returns', rate)):.1f}" for rate in rates),
+            ", ".join(f"{rate:g}" for rate in series(cells, "methods", name, "rate")),
         ]
         for name in names
     ]
-    return {
-        "title": f"{case.title}: return by learning rate",
-        "note": "On validation lifetimes in the training range, mean over meta-seeds; last, the rates chosen.",
-        "header": ["", *rates, "chosen"],
-        "rows": rows,
-    }
+    note = "On validation lifetimes in the training range, mean over meta-seeds; last, the rates chosen."
+    return table(f"{case.title}: return by learning rate", note, ["", *rates, "chosen"], rows)
 
 
 def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cells]], train: str) -> list[Drawing]:

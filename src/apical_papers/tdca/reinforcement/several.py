@@ -29,7 +29,16 @@ from apical.evolution.perceptron import evaluate
 from apical.evolution.reinforcement import Reinforcement, together
 from apical_papers.tdca.emission import credit_figure
 from apical_papers.tdca.evolution import evolve
-from apical_papers.tdca.reinforcement.report import above, curves, ends, ends_table, not_below, rates_table, untrained
+from apical_papers.tdca.reinforcement.report import (
+    above,
+    curves,
+    ends,
+    ends_table,
+    missed,
+    not_below,
+    rates_table,
+    untrained,
+)
 from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, end_returns, measured
 
 FIRST = 60
@@ -211,10 +220,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     rows = [row for case in cases for row in verdicts(case, cells[case.stem])]
     rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
     tables = [ends_table(case, cells[case.stem], TRAIN, METHODS) for case in cases]
-    note = "Reasons are what the tables suggest; none was tested by an experiment of its own."
-    title = "What does not hold, why, and what was tried"
-    tables.append({"title": title, "note": note, "header": ["where", "why", "tried"], "rows": MISSED})
-    tables += [rates_table(case, cells[case.stem]) for case in cases]
+    tables += [*missed(MISSED, "tables suggest"), *(rates_table(case, cells[case.stem]) for case in cases)]
     pi = torch.linspace(0, 1, 101)
     drawings = [
         render(
