@@ -107,7 +107,7 @@ def test_a_field_that_an_older_configuration_lacks_has_its_default() -> None:
     ("fields", "are_numbers", "said"),
     [
         ({}, True, "add --loss mse"),
-        ({"loss": "mse"}, False, "--loss mse needs targets that are numbers"),
+        ({"loss": "mse"}, False, "--loss mse needs numbers as targets"),
         ({"loss": "mse", "crop": 1}, True, "--crop"),
         ({"loss": "mse", "flip": True}, True, "--flip"),
     ],

@@ -102,7 +102,7 @@ def test_a_folder_moved_away_while_it_is_written(
         monkeypatch.setattr(module, "append_line", append)
     assert main([*COMMANDS[name][:-2], *longer, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert "was moved, removed or replaced while it was written" in said
+    assert "was moved, removed or replaced while results were written" in said
     assert said.count("\n") == 1
     assert theirs
     assert files(out) == theirs
