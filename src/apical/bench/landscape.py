@@ -200,7 +200,7 @@ def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> d
 
 
 def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> Iterable[dict[str, Any]]:
-    """Return the lines between start and end of each run, and between the ends of each two runs with the same seed."""
+    """Yield the lines between start and end of each run, and between the ends of each two runs with the same seed."""
     pairs = itertools.combinations(runs, 2)
     lines = [(run, "start", run) for run in runs]
     lines += [(run, "end", other) for run, other in pairs if run.recipe.seed == other.recipe.seed]

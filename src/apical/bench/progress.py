@@ -73,7 +73,7 @@ class Watched:
 
     @property
     def diverged(self) -> bool:
-        """Return whether result.json says that the run diverged."""
+        """Whether result.json says that the run diverged."""
         try:
             return bool(read_json(self.folder.result).get("status") == "diverged")
         except (OSError, CheckpointError):

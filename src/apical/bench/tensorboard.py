@@ -20,7 +20,7 @@ def check_installed() -> None:
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Return every number of an epoch's line, nested names joined by "/", without the epoch itself.
+    """Yield every number of an epoch's line, nested names joined by "/", without the epoch itself.
 
     >>> list(scalars({"epoch": 1, "train_loss": 0.5, "layers": {"fc1": {"norm_ratio": 2}}, "condition_two": None}))
     [('train_loss', 0.5), ('layers/fc1/norm_ratio', 2.0)]

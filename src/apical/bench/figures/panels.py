@@ -14,7 +14,7 @@ _BINS = 30
 
 
 def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
-    """Return stem, title, caption and figure of every panel, from the first seed of each rule that saved any."""
+    """Yield stem, title, caption and figure of every panel, from the first seed of each rule that saved any."""
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if run.panels), None)
         for number, panel in enumerate(run.panels if run is not None else ()):
@@ -24,7 +24,7 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
 
 
 def matrices(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
-    """Return the same for the matrices that a model has, such as the edges of a graph, over training."""
+    """Yield the same for the matrices that a model has, such as the edges of a graph, over training."""
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if any("matrices" in record for record in run.records)), None)
         epochs = {record["epoch"]: record["matrices"] for record in run.records if "matrices" in record} if run else {}

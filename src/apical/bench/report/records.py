@@ -40,7 +40,7 @@ class Score(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Return whether lower is better."""
+        """Whether lower is better."""
         return self.key == "test_loss"
 
 
