@@ -292,7 +292,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     drawing = render(
         "credit",
         "The output's credit, of two classes",
-        "What the evolved networks send to a logit, by the probability of its class: a line for each meta-seed, scaled "
+        "Credit of the evolved networks for a logit, by the probability of its class: a line for each meta-seed, scaled "
         "to the size of the error, p - y (dashed).",
         credit_figure(p, lines, *OF_LOGITS),
     )

@@ -168,8 +168,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         for ours, theirs in zip(measurements["tdca"][1], measurements["bp"][1], strict=True)
     ]
     caption = (
-        "Training loss on the plane of the first two principal components of TDCA's way and BP's from the first start; "
-        "circle: start. Such a plane makes any two ways look apart; the table has what does not depend on it."
+        "Training loss on the plane of the first two principal components of TDCA's and BP's paths from the first start; "
+        "circle: start. Any two paths look separate on such a plane; the table has measures that do not depend on it."
     )
     drawn = {rule: measurements[rule][1][0] for rule in ("tdca", "bp")}
     drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))

@@ -69,7 +69,7 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
             "On a fixed batch of training samples after each epoch; epoch 0 is before the forward weights learn. Lines: "
             f"mean over {seeds} {'seed' if seeds == 1 else 'seeds'}; bands: ± one standard deviation. Solid: learned "
             "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
-            "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
+            "condition holds exactly, or the limit of stability. The lines of DFC-SS and DFC-SSA coincide."
         )
         return render("conditions", "Conditions and alignment during training", caption, figure)
 
@@ -130,7 +130,7 @@ def optimal(points: Optimal) -> Drawing:
         caption = (
             f"{len(points.cloud):,} random feedback matrices Q = Jᵀ P of a 5-2-2 network that meet Condition 2 and keep the "
             "loop stable, each scaled to norm 1 (no unit), with the transpose, the pseudoinverse and the damped "
-            f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
+            f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All give the "
             "same update."
         )
         return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)

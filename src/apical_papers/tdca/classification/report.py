@@ -84,7 +84,7 @@ _EVOLUTION = (
     "Loss of learners under the centre of the search distribution, on each generation's own tasks; one line per meta-seed."
 )
 _CREDIT = (
-    "What the evolved networks send to a logit, by the probability of its class: mean over random predictions, a line for "
+    "Credit of the evolved networks for a logit, by the probability of its class: mean over random predictions, a line for "
     "each meta-seed, scaled to the size of the error, p - y (dashed)."
 )
 

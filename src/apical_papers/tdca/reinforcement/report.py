@@ -274,7 +274,7 @@ def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cell
             "learning_curves",
             "Learning in the training range",
             "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-            "Shuffled: the same rules, with advantages dealt out anew among time steps.",
+            "Shuffled: the same rules, with advantages permuted among time steps.",
             curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
         ),
         render(
@@ -287,8 +287,8 @@ def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cell
             "evolution",
             "Course of evolution",
             "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
-            "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
-            "differ in difficulty.",
+            "starts at the dashed line. Each generation has its own settings and initial weights, so neighbouring "
+            "generations differ in difficulty.",
             _evolution(cases, cells),
         ),
     ]

@@ -221,14 +221,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
             "learning_curves",
             "Learning in the training range",
             "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-            "Shuffled: the same networks, with advantages dealt out anew among time steps.",
+            "Shuffled: the same networks, with advantages permuted among time steps.",
             curves(cases, cells, LOOKS, METHODS),
         ),
         render(
             "credit",
             "The credit that was evolved",
-            "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
-            "meta-seed, scaled to the size of what is sent by hand, p - y (dashed).",
+            "Credit that the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
+            "meta-seed, scaled to the size of the hand-built credit, p - y (dashed).",
             credit_figure(pi, sent(torch.tensor(centers["all"]), pi), TAKEN, "probability of the action", UP),
         ),
     ]
