@@ -134,7 +134,7 @@ def read_sealed(path: Path, name: str) -> dict[str, Any]:
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError("it holds no fields")
+            raise ValueError("it contains no fields")
         seal = state.pop(SEAL, None)
         if seal is None:
             print(f"apical: {name} is from an earlier version and has no checksums of its content", file=sys.stderr)

@@ -433,7 +433,7 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.folder.checkpoint
         if unlike := differences(state["config"], self.recipe.to_json()):
-            raise CheckpointError(f"checkpoint {path} has other options (saved vs asked): {'; '.join(unlike)}")
+            raise CheckpointError(f"checkpoint {path} has other options (saved vs given): {'; '.join(unlike)}")
         field = "step"
         try:
             check_place(self.recipe, state["epoch"], state["step"], self.steps_per_epoch)

@@ -117,6 +117,6 @@ def loss_for(recipe: Recipe) -> LossName:
 def _check(what: str, saved: str, now: str) -> None:
     if saved and saved != now:
         raise CheckpointError(
-            f"{what} changed since this began (sha256 {saved} then, {now or 'unknown'} now); restore it, or give it "
-            "again by name (--data, --model) with another --out"
+            f"{what} changed since the run began (sha256 {saved} then, {now or 'unknown'} now); restore it, or pass it "
+            "again (--data, --model) with another --out"
         )

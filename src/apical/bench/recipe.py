@@ -386,7 +386,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Return each field in which two configurations differ, "field: saved vs asked", except the fields free to differ.
+    """Return each field in which two configurations differ, "field: saved vs given", except the fields free to differ.
 
     A field missing from a configuration was added to recipes later, and has its default. The user's own data and models may
     have been moved.

@@ -67,7 +67,7 @@ class RunFolder:
         unlike = differences(saved, recipe.to_json()) + own_rules.changes(bare_rule(recipe.rule), saved.get("notes"))
         if unlike:
             raise CheckpointError(
-                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+                f"{self.path} was made with other options (saved vs given): {'; '.join(unlike)}; "
                 "resume with the saved ones or choose another --out"
             )
         if self.result.exists():

@@ -82,7 +82,7 @@ def _tell(record: dict[str, Any]) -> None:
             say(f"the runs with seed {seed} start from different weights")
     if record["explained_variance"] is not None:
         first, second = (100 * share for share in record["explained_variance"])
-        say(f"the plane holds {first:.1f} % + {second:.1f} % of the snapshots' variance")
+        say(f"the plane covers {first:.1f} % + {second:.1f} % of the snapshots' variance")
     lines = []
     for row in record["runs"]:
         numbers = (row["losses"][-1], max(row["distances"]), row["start_to_end"], row["tortuosity"])

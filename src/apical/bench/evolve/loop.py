@@ -57,7 +57,7 @@ class EvolutionFolder:
         unlike = [f"{k}: {saved.get(k)} vs {v}" for k, v in options.items() if k not in FREE_FIELDS and saved.get(k) != v]
         if unlike:
             raise CheckpointError(
-                f"{self.path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+                f"{self.path} was made with other options (saved vs given): {'; '.join(unlike)}; "
                 "resume with the saved ones or choose another --out"
             )
         if odd := [name for name in FREE_FIELDS if type(saved.get(name)) is not type(options[name])]:
