@@ -1,4 +1,4 @@
-"""The networks of the notebooks: the activation precedes each layer, so states are taken before activations."""
+"""The networks of the notebooks: the activation stands before each layer, so states stand before activations."""
 
 import math
 from collections import OrderedDict
@@ -30,12 +30,12 @@ def pre_activated(input_shape: tuple[int, ...], num_classes: int, depth: int = 1
 
 
 def wide(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """The same with three layers, with 300 hidden units each."""
+    """The same with three layers, the hidden ones of 300."""
     return pre_activated(input_shape, num_classes, depth=3, width=300)
 
 
 def tanh(input_shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """PRECO's network of 32 and 16 units: tanh of the pixels too; initial weights N(0, 0.05^2), zero initial biases."""
+    """PRECO's network of 32 and 16 units: tanh of the pixels, too; initial weights N(0, 0.05^2), no biases at first."""
     model = _row(PreActivated(math.prod(input_shape), 32, torch.tanh), [32, 16, num_classes], torch.tanh)
     for name, p in model.named_parameters():
         nn.init.normal_(p, std=0.05) if name.endswith("weight") else nn.init.zeros_(p)
