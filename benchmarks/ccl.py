@@ -2,8 +2,8 @@
 
 The perceptrons are those of arXiv 2409.19841 for MNIST and CIFAR-10, the convolutional network that for CIFAR-10: the same
 model for both rules, without normalisation, random images and labels. A step is zero_grad, forward and backward pass and
-plain SGD; the rules take turns as in `benchmarks/run.py`. The floor is a step of backpropagation, plus what counter-current
-learning's matrix products take more or less (timed alone), plus what the optimiser must read and write of the weights that
+plain SGD; the rules take turns as in `benchmarks/run.py`. The floor is a step of backpropagation, plus the difference in
+time of counter-current learning's matrix products (timed alone), plus the optimiser's reads and writes of the weights that
 backpropagation does not have.
 
     python benchmarks/ccl.py [--out benchmarks/ccl.json] [--only mnist]
@@ -25,7 +25,7 @@ from apical import models
 from limits import limits, seconds_per_byte
 from run import environment, save, timed
 
-# title, model, input shape, batch, rounds, timed steps per turn, most that the ratio may be
+# title, model, input shape, batch, rounds, timed steps per turn, largest allowed ratio
 CASES: list[tuple[str, str, tuple[int, ...], int, int, int, float | None]] = [
     ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 32, 40, 20, None),
     ("MNIST MLP 784-256x5-10", "mlp-elu-256-256-256-256-256", (1, 28, 28), 128, 40, 20, 1.00),
@@ -35,11 +35,11 @@ CASES: list[tuple[str, str, tuple[int, ...], int, int, int, float | None]] = [
 ]
 
 UPDATED = 12
-"""Bytes of float32 that plain SGD reads and writes per weight: the weight, its gradient, the new weight."""
+"""Bytes that plain SGD reads and writes per float32 weight: the weight, its gradient, the new weight."""
 
 
 def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int) -> tuple[Callable[[], None], list[Tensor]]:
-    """One full training step, and the parameters that it moves."""
+    """Return one full training step, and the parameters that it updates."""
     torch.manual_seed(0)
     inputs, labels = torch.randn(size, *shape), torch.randint(0, 10, (size,))
     model = models.build(model_name, shape, 10)
@@ -55,7 +55,7 @@ def make_step(rule_name: str, model_name: str, shape: tuple[int, ...], size: int
 
 
 def bench(case: tuple[str, str, tuple[int, ...], int, int, int, float | None]) -> list[dict[str, Any]]:
-    """Rows of one case."""
+    """Return the rows of one case."""
     title, model_name, shape, size, rounds, times, target = case
     steps, moved = {}, {}
     for name in ("bp", "ccl"):

@@ -1,9 +1,9 @@
-"""Compiled training steps beside eager ones, for rules of every kind.
+"""Compiled and eager training steps, for rules of every kind.
 
 A step is zero_grad, forward and backward pass and SGD with momentum; compiled, the rule's credit comes from torch.compile,
-as under `--compile True`. All rules, eager and compiled, take turns as in `benchmarks/run.py`; the ratio to backpropagation
-is to backpropagation in the same mode. The seconds that compiling takes are those of the first three steps. Needs a C++
-compiler; without one nothing is measured.
+as under `--compile True`. All rules, eager and compiled, take turns as in `benchmarks/run.py`; ratios are relative to
+backpropagation in the same mode. Compilation time is that of the first three steps. Needs a C++ compiler; without one
+nothing is measured.
 
     python benchmarks/compiled.py [--out benchmarks/compiled.json] [--rules fa ep]
 """
@@ -36,7 +36,7 @@ MODEL, SHAPE, BATCH, ROUNDS, TIMES = "mlp-256-256", (1, 28, 28), 64, 15, 3
 
 
 def make_step(name: str, inputs: Tensor, targets: Tensor, mode: str) -> Callable[[], None]:
-    """One training step, eager or compiled, with the rule's own options."""
+    """Return one training step, eager or compiled, with the rule's own options."""
     torch.manual_seed(0)
     rule = make_rule(Recipe(rule=name), models.build(MODEL, SHAPE, 10), SHAPE)
     optimizer = torch.optim.SGD(rule.parameters(), lr=0.001, momentum=0.9)
@@ -51,7 +51,7 @@ def make_step(name: str, inputs: Tensor, targets: Tensor, mode: str) -> Callable
 
 
 def bench(rules: tuple[str, ...], device: torch.device) -> list[dict[str, Any]]:
-    """A row for each rule."""
+    """Return a row for each rule."""
     torch.manual_seed(0)
     inputs, targets = torch.rand(BATCH, *SHAPE), torch.randint(0, 10, (BATCH,))
     steps: dict[tuple[str, str], Callable[[], None]] = {}
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=RULES)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    inductor.force_disable_caches = True  # compiling is timed as the first time on a machine
+    inductor.force_disable_caches = True  # time compilation as on its first run on a machine
     device = torch.device("cpu")
     try:
         check_compiler(device)

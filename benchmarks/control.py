@@ -2,9 +2,9 @@
 
 The same protocol as run.py: one process, one thread, process time, rules in turns of several steps in a new random order
 every round, ratio = median over rounds of (rule / backprop in the same round). A step is zero_grad, forward, backward and
-SGD with momentum and decay; its floor is a step of backpropagation plus what the rule's matrix products and linear solves
-take more, timed alone in the same run. The simulation is timed per controller step against the matrix products it cannot
-avoid, run alone on the same shapes (its floor).
+SGD with momentum and decay; its floor is a step of backpropagation plus the extra time of the rule's matrix products and
+linear solves, timed alone in the same run. The simulation is timed per controller step against its unavoidable matrix
+products, run alone on the same shapes (its floor).
 
     python benchmarks/control.py [--out benchmarks/control.json] [--only mlp]
 """
@@ -56,7 +56,7 @@ WIDE: dict[str, Entry] = {
 
 
 def make(entry: Entry, name: str) -> tuple[Callable[[], None], Any]:
-    """One training step, and the rule."""
+    """Return one training step, and the rule."""
     kind, options, phase, _, _ = entry
     torch.manual_seed(0)
     wide = name == AUTOENCODER
@@ -76,7 +76,7 @@ def make(entry: Entry, name: str) -> tuple[Callable[[], None], Any]:
 
 
 def bench(name: str, entries: dict[str, Entry], rounds: int, times: int) -> list[dict[str, Any]]:
-    """Rows of one network."""
+    """Return the rows of one network."""
     steps = {row: make(entry, name)[0] for row, entry in entries.items()}
     for step in steps.values():
         step()
@@ -125,7 +125,7 @@ def bench(name: str, entries: dict[str, Entry], rounds: int, times: int) -> list
 
 
 def simulation(rounds: int, points: int = 101) -> list[dict[str, Any]]:
-    """Time of one controller step against its matrix products alone."""
+    """Time one controller step against its matrix products alone."""
     _, rule = make((DFC, {"variant": "ss", "solver": "simulate"}, "forward", None, None), MLP)
     inputs, targets = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
     loop, chain, q = Loop(1e-3, 2.0, 0.02, points, 0.2), rule.chain, [each.detach() for each in rule.q]
@@ -177,7 +177,7 @@ def simulation(rounds: int, points: int = 101) -> list[dict[str, Any]]:
 
 
 def solves(rounds: int) -> list[dict[str, Any]]:
-    """The autoencoder's linear solve through the layer below against the dense one."""
+    """Time the autoencoder's linear solve through the layer below against the dense one."""
     _, rule = make(WIDE["dfc-ssa"], AUTOENCODER)
     inputs = torch.randn(BATCH, 1, 28, 28)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RuntimeWarning)  # of loops that would be unstable if they were simulated
+    warnings.simplefilter("ignore", RuntimeWarning)  # about loops that would be unstable if they were simulated
     rows = bench(MLP, RULES, options.rounds, 8)
     rows += bench(AUTOENCODER, {k: v for k, v in WIDE.items() if "dense" not in k}, max(3, options.rounds // 5), 2)
     walks, solve = simulation(options.rounds), solves(3)

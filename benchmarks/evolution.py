@@ -1,9 +1,9 @@
-"""A population's lifetimes at once against one after the other, memory against the chunk, two workers against one; and what
-a generation of 64 lifetimes takes in each task that top-down networks are evolved for.
+"""A population's lifetimes in parallel and in sequence, memory against chunk size, two workers against one; and the cost of
+a generation of 64 lifetimes in each task for which top-down networks are evolved.
 
 The inner task is that of our specification of TDCA (arXiv 2208.01416): 16 inputs, 24 tanh units, 4 classes, 256 examples, 40
-full-batch steps of Adam; a top-down network of 628 weights; 256 individuals. The plain loop is what anyone would write: the
-rule, `torch.optim.Adam`, `clip_grad_norm_`.
+full-batch steps of Adam; a top-down network of 628 weights; 256 individuals. The plain loop is the obvious implementation:
+the rule, `torch.optim.Adam`, `clip_grad_norm_`.
 
     python benchmarks/evolution.py [--out benchmarks/evolution.json]
 """
@@ -40,9 +40,9 @@ INPUTS, UNITS, CLASSES, EXAMPLES, HIDDEN, POPULATION = 16, 24, 4, 256, 12, 256
 LIFETIME = Lifetime(steps=40, lr=0.02)
 ROUNDS = 5
 LIFETIMES, CHUNK, DIFFUSION = 64, 33, 32
-"""Of a generation, and how many the studies of classification and diffusion train at once."""
+"""Lifetimes of a generation, and how many the studies of classification and diffusion train together."""
 TARGET = 0.5
-"""CPU seconds that a generation may take."""
+"""Largest allowed CPU seconds of a generation."""
 
 
 def learner() -> nn.Sequential:
@@ -50,7 +50,7 @@ def learner() -> nn.Sequential:
 
 
 class Inner:
-    """The specification's inner task: Gaussian clusters, three to a class."""
+    """The specification's inner task: Gaussian clusters, three per class."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def seconds(call: Any) -> float:
 
 
 def throughput(chunks: tuple[int, ...] = (16, 64, 256)) -> list[dict[str, Any]]:
-    """Milliseconds per lifetime, in turns: the plain loop on 16 individuals, and chunks of several sizes on all."""
+    """Return milliseconds per lifetime, in turns: the plain loop on 16 individuals, and chunks of several sizes on all."""
     task = Inner()
     everyone = individuals(task)
     few = everyone[:16]
@@ -127,7 +127,7 @@ def throughput(chunks: tuple[int, ...] = (16, 64, 256)) -> list[dict[str, Any]]:
 
 
 def memory(chunk: int) -> float | None:
-    """MB that a process of its own needs at most for evaluating the population, beyond what it needs before; on Linux."""
+    """Return the extra peak MB of a separate process that evaluates the population; on Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     code = f"import evolution; print(evolution.grown({chunk}))"
@@ -140,20 +140,20 @@ def grown(chunk: int) -> float:
     torch.set_num_threads(1)
     task = Inner()
     Here(2).evaluate(task, individuals(task, 2), 0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     Here(chunk).evaluate(task, individuals(task), 0)
     return round(resident("VmHWM") - before, 1)
 
 
 def resident(field: str) -> float:
-    """MB, as Linux counts them."""
+    """Return MB as counted by Linux."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def workers() -> list[dict[str, Any]]:
-    """Seconds for the population with one and with two Ray workers on this machine."""
+    """Return seconds for the population with one and with two Ray workers on this machine."""
     task = Inner()
     everyone = individuals(task)
     rows: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ def workers() -> list[dict[str, Any]]:
 
 
 def tasks() -> dict[str, Callable[[], Any]]:
-    """A generation of 64 lifetimes of each task."""
+    """Return a generation of 64 lifetimes for each task."""
     made: dict[str, Callable[[], Any]] = {}
 
     def add(name: str, task: Task, chunk: int) -> None:
@@ -191,9 +191,9 @@ def tasks() -> dict[str, Callable[[], Any]]:
 
 
 def learned(task: Reinforcement) -> None:
-    """Lifetimes whose policies learn: a network is asked, and its answer replaced by credit made by hand.
+    """Run lifetimes whose policies learn: a network is evaluated, and its answer replaced by hand-built credit.
 
-    Episodes are then as long as they are at the end of evolution; under a random network CartPole's end early.
+    Episodes are then as long as at the end of evolution; under a random network CartPole's end early.
     """
     torch.manual_seed(2)
     asked = task.credits(task.start + 0.1 * torch.randn(LIFETIMES, len(task.start)))
@@ -207,7 +207,7 @@ def learned(task: Reinforcement) -> None:
 
 
 def generations() -> list[dict[str, Any]]:
-    """CPU seconds of a generation of 64 lifetimes, tasks in turns, so that whatever else the machine does meets all."""
+    """Return CPU seconds of a generation of 64 lifetimes, tasks in turns, so that other load affects all equally."""
     everything = tasks()
     times: dict[str, list[float]] = {name: [] for name in everything}
     for turn in range(ROUNDS + 1):

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks page, from the JSON files here: how far each rule is from its floor, and how cost grows.
+"""Figures of the benchmarks page, from the JSON files here: distance of each rule from its floor, and growth of cost.
 
 Run `python benchmarks/figures.py`.
 """
@@ -22,15 +22,15 @@ LABELS = {"depth": "hidden layers", "width": "units per layer", "batch": "batch"
 
 
 def write(figure: Any, name: str) -> None:
-    """An SVG that equal data make equal."""
+    """Write an SVG that is identical for equal data."""
     figure.savefig(DOCS / name, metadata={"Date": None})
     plt.close(figure)
     print(f"written: {DOCS / name}")
 
 
 def distances(rows: list[Row]) -> None:
-    """One panel per model: time of a step over backpropagation's as a bar from 1, with quartiles over rounds; its floor as a
-    tick, and what was asked as a circle."""
+    """Draw one panel per model: time of a step over backpropagation's as a bar from 1, with quartiles over rounds; its floor
+    as a tick, and its target as a circle."""
     rows = [row for row in rows if row.get("floor") is not None and row["rule"] not in ("bp", "pfa-explicit")]
     titles = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots((len(titles) + 1) // 2, 2, figsize=(7.2, 2.5 * ((len(titles) + 1) // 2)), squeeze=False)
@@ -53,7 +53,7 @@ def distances(rows: list[Row]) -> None:
 
 
 def growth(rows: list[Row]) -> None:
-    """Time above, memory below, a column for each axis."""
+    """Draw time above, memory below, a column for each axis."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
     figure, axes = plt.subplots(2, len(names), figsize=(7.2, 4.4), squeeze=False)
     for column, name in enumerate(names):
@@ -66,7 +66,7 @@ def growth(rows: list[Row]) -> None:
         for ax in axes[:, column]:
             ax.xaxis.set_major_locator(FixedLocator(sizes[::2]))
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            for axis in (ax.xaxis, ax.yaxis):  # plain numbers: no mathematics in our figures
+            for axis in (ax.xaxis, ax.yaxis):  # plain numbers: our figures contain no mathematics
                 axis.set_minor_locator(NullLocator())
                 axis.set_major_formatter("{x:g}")
         axes[1][column].set_xlabel(LABELS[name])

@@ -1,14 +1,14 @@
-"""Training steps against what they cannot avoid: target propagation by its matrix products, feedback by passes over memory.
+"""Training steps against their lower bounds: target propagation by its matrix products, feedback by passes over memory.
 
 One process, one thread, everything in turns, medians of ratios within a round.
 
     python benchmarks/floors.py [--out benchmarks/floors.json] [--rounds 25]
 
 *Targets*: a step of every kind of target propagation, gradients and optimiser included, against backpropagation's,
-beside the ratio of their counted multiply-adds. *Passes*: rules whose feedback weight depends on the forward weight
-have to make it in every step; this is the time of that one pass over memory, in PyTorch's own operations, as a share of
-a whole step of backpropagation on the network on which such rules are timed. The share is a floor for what these rules
-cost.
+with the ratio of their counted multiply-adds. *Passes*: rules whose feedback weight depends on the forward weight
+must compute it in every step; this is the time of that pass over memory, in PyTorch's operations, as a share of a whole
+step of backpropagation on the network on which such rules are timed. The share is a lower bound on the extra cost of these
+rules.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def step(rule: apical.CreditRule, optimizer: torch.optim.Optimizer, x: Tensor, y
 
 
 def in_turns(runs: dict[str, Callable[[], None]], rounds: int, times: int) -> dict[str, list[float]]:
-    """Seconds of each, by round; each has one run that is not timed before those that are."""
+    """Return the seconds of each, by round; each has one untimed run before the timed ones."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -66,7 +66,7 @@ def to_bp(seconds: dict[str, list[float]], name: str) -> float:
 
 
 def targets(rounds: int) -> list[dict[str, Any]]:
-    """A row per kind of target propagation."""
+    """Return a row per kind of target propagation."""
     x, y = torch.rand(BATCH, *SHAPE), torch.randint(10, (BATCH,))
     runs: dict[str, Callable[[], None]] = {}
     counted = {}
@@ -95,7 +95,7 @@ def targets(rounds: int) -> list[dict[str, Any]]:
 
 
 def passes(rounds: int) -> list[dict[str, Any]]:
-    """A row per way to make feedback weights from forward weights."""
+    """Return a row per way to compute feedback weights from forward weights."""
     x, y = torch.rand(PASSES_BATCH, *SHAPE), torch.randint(10, (PASSES_BATCH,))
     torch.manual_seed(0)
     rule = apical.Backprop(models.build(PASSES_MODEL, SHAPE, 10))

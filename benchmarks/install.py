@@ -1,8 +1,8 @@
-"""Time and size of installing apical into a fresh environment, from a clone and the package index that pip is set up with.
+"""Time and size of installing apical into a fresh environment, from a clone and pip's configured package index.
 
     python benchmarks/install.py [--torch VERSION] [--out benchmarks/install.json]
 
-A row per version of PyTorch, whose builds with CUDA and for CPUs differ most. Nothing comes from pip's cache, so the time is
+One row per version of PyTorch, whose builds with CUDA and for CPUs differ most. pip's cache is not used, so the time is
 mostly that of the download.
 """
 
@@ -24,12 +24,12 @@ VERSIONS = "import importlib.metadata as m, json; print(json.dumps({d.name: d.ve
 
 
 def megabytes(folder: Path) -> int:
-    """Size of the files in a folder; links count nothing."""
+    """Return the size of the files in a folder, without links."""
     return round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6)
 
 
 def measure(folder: Path, torch: str | None) -> dict[str, object]:
-    """Make an environment in `folder` and install apical there, with a version of PyTorch or the one that pip chooses.
+    """Create an environment in `folder` and install apical there, with a version of PyTorch or the one that pip chooses.
 
     Raises:
         CalledProcessError: pip failed.

@@ -1,8 +1,8 @@
-"""What a training step cannot avoid: its matrix products timed alone, and passes over memory that its mathematics forces.
+"""Lower bounds of a training step: its matrix products timed alone, and the passes over memory that its mathematics needs.
 
-The products, and solutions of linear systems, are those that one step really takes, with the tensors that it takes them
-of, called again one behind the other. A feedback weight that depends on the forward weight has to be made in every step: so
-many bytes at least, at the speed at which this machine adds two matrices of the same shapes.
+The products, and solutions of linear systems, are those of one actual step, repeated in sequence with the same tensors. A
+feedback weight that depends on the forward weight must be computed in every step: this moves a minimum number of bytes, at
+the speed at which this machine adds two matrices of the same shapes.
 """
 
 import statistics
@@ -25,14 +25,14 @@ FORCED = {
     "brsf": ("|U_t| sign(W)", 12),
     "frsf": ("|U| sign(W)", 12),
 }
-"""How the feedback weight is made, and how many bytes of float32 each of its numbers is read and written in."""
+"""Formula of the feedback weight, and bytes read and written per float32 entry."""
 
 WATCHED = {"kp": 8, "pfa": 8, "pfa-o": 8}
-"""Bytes per weight read to notice that somebody else has moved it, after each step and before the next."""
+"""Bytes per weight read to detect changes made by other code, after each step and before the next."""
 
 
 class Products(TorchDispatchMode):
-    """Notes every matrix product, convolution and linear solve, to be called again with the same tensors."""
+    """Records every matrix product, convolution and linear solve, to repeat them with the same tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Products(TorchDispatchMode):
 
 
 def products(step: Callable[[], None]) -> Callable[[], None]:
-    """The products of one step, alone."""
+    """Return the products of one step, alone."""
     with Products() as noted, torch.no_grad(), torch.enable_grad():
         step()
     calls = noted.calls
@@ -60,7 +60,7 @@ def products(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def in_turns(runs: list[Callable[[], Any]], rounds: int, times: int) -> list[list[float]]:
-    """Seconds of process time of each, by round; each has one run that is not timed before those that are."""
+    """Return seconds of process time of each, by round; each has one untimed run before the timed ones."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, found in zip(runs, seconds, strict=True):
@@ -73,7 +73,7 @@ def in_turns(runs: list[Callable[[], Any]], rounds: int, times: int) -> list[lis
 
 
 def seconds_per_byte(shapes: list[torch.Size], rounds: int = 15) -> float:
-    """Of adding matrices of these shapes: two are read and one is written."""
+    """Return the seconds per byte of adding matrices of these shapes: two are read and one is written."""
     sets: list[tuple[Tensor, Tensor, Tensor]] = [tuple(torch.randn(3, *shape)) for shape in shapes]  # type: ignore[misc]
 
     def add() -> None:
@@ -94,15 +94,15 @@ def limits(
     times: int,
     more: int = 0,
 ) -> dict[str, Any]:
-    """The floor of a rule's step as a multiple of backpropagation's, and its parts.
+    """Return the floor of a rule's step as a multiple of backpropagation's, and its parts.
 
     Args:
-        name: of the rule.
+        name: name of the rule.
         step, bp: a training step of the rule and of backpropagation.
-        fed_back: numbers of all weights that lead errors back.
+        fed_back: number of entries of all weights that propagate errors.
         per_byte: see :func:`seconds_per_byte`.
-        rounds, times: rounds, and how often each is called in one.
-        more: bytes that the step must move and backpropagation's need not, besides those of feedback weights.
+        rounds, times: number of rounds, and of calls of each in a round.
+        more: bytes that the step must move and backpropagation need not, in addition to those of feedback weights.
     """
     own, its = products(step), products(bp)
     taken, basis, whole = in_turns([own, its, bp], rounds, times)

@@ -1,12 +1,12 @@
-"""Training steps of rules whose blocks learn on their own: time, and memory with activities of one block held at a time.
+"""Training steps of rules with independently learning blocks: time, and memory if one block's activities are held at a time.
 
 One process, one thread, everything in turns, medians of ratios within a round.
 
     python benchmarks/local.py [--out benchmarks/local.json] [--rounds 25]
 
-Time is that of gradients alone, which is what rules differ in. *Activities*: the largest number of bytes held at once from
-the batch to the last gradient, without the gradients themselves. Backpropagation makes these only once it has all
-activities, so its number is that of the forward pass. *Peak*: of the whole step, gradients included.
+Time is that of gradients alone, in which rules differ. *Activities*: the largest number of bytes held at the same time from
+the batch to the last gradient, without the gradients themselves. Backpropagation computes gradients only once it has all
+activities, so its number is that of the forward pass. *Peak*: that of the whole step, gradients included.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SETTINGS = ((512, 128), (256, 1024))
 """Width of ten hidden layers, and batch."""
 
 TARGETS = {name: (1.3, 0.5) for name in ("local-pred", "mono-forward")}
-"""At most so many times the time and the activities of backpropagation."""
+"""Largest allowed ratios of time and activities to backpropagation."""
 
 
 def gradients(rule: apical.CreditRule, x: Tensor, y: Tensor) -> None:
@@ -49,20 +49,20 @@ def gradients(rule: apical.CreditRule, x: Tensor, y: Tensor) -> None:
 
 
 def activities(name: str, rule: apical.CreditRule, x: Tensor, y: Tensor) -> int:
-    """Bytes of the call; those of the gradients it makes are taken off."""
+    """Return the bytes of the call, without those of its gradients."""
     made = 0 if name == "bp" else sum(p.numel() * p.element_size() for p in rule.parameters())
     return peak_bytes(lambda: rule(x, y), [*rule.parameters(), *rule.buffers(), x, y]) - made
 
 
 def rows(width: int, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """A row per rule."""
+    """Return a row per rule."""
     model = "mlp-" + "-".join([str(width)] * 10)
     x, y = torch.rand(batch, *SHAPE), torch.randint(10, (batch,))
     rules = {}
     for name, make in RULES.items():
         torch.manual_seed(0)
         rules[name] = make(models.build(model, SHAPE, 10))
-        gradients(rules[name], x, y)  # whose first batch is looked at
+        gradients(rules[name], x, y)  # rules inspect their first batch
     seconds = in_turns({name: partial(gradients, rule, x, y) for name, rule in rules.items()}, rounds, 2)
     held = {name: activities(name, rule, x, y) for name, rule in rules.items()}
     for rule in rules.values():

@@ -2,8 +2,8 @@
 
 A step is zero_grad, forward and backward pass, without an optimiser: one forward-backward equivalent is backpropagation's
 step, measured in the same run; the rules take turns as in `benchmarks/run.py`. The target of T steps of inference is T + 1.5
-equivalents, that of dual propagation 1.15 at width 1024. The floor is the ratio of the multiply-adds that cannot be avoided,
-which is also what the rules take (tests count them).
+equivalents, that of dual propagation 1.15 at width 1024. The floor is the ratio of the unavoidable multiply-adds, which is
+also what the rules use (tests count them).
 
     python benchmarks/predictive_coding.py [--out benchmarks/predictive_coding.json] [--only 1024]
 """
@@ -43,14 +43,14 @@ ARMS: list[tuple[str, str, int]] = [
 
 
 def make_step(inference: str, steps: int, model_name: str, shape: tuple[int, ...], size: int) -> tuple[Any, nn.Module]:
-    """One step without an optimiser; None where the rule does not train the model."""
+    """Return one step without an optimiser; None if the rule does not train the model."""
     torch.manual_seed(0)
     inputs, labels = torch.randn(size, *shape), torch.randint(0, 10, (size,))
     model = models.build(model_name, shape, 10)
     rule: apical.CreditRule = apical.Backprop(model)
     if inference and inference != "bp":
         rule = apical.PredictiveCoding(model, inference=inference, steps=steps, rate=0.05)  # type: ignore[arg-type]
-        rule._silent = True  # a state's error need not have arrived
+        rule._silent = True  # the error need not have reached every state
     elif not inference:
         if "mu" in model_name:
             return None, model
@@ -64,14 +64,14 @@ def make_step(inference: str, steps: int, model_name: str, shape: tuple[int, ...
 
 
 def floor(model: nn.Module, steps: int) -> float:
-    """Multiply-adds that cannot be avoided over those of backpropagation."""
+    """Return the unavoidable multiply-adds over those of backpropagation."""
     sizes = [p.numel() for p in model.parameters() if p.dim() == 2]
     whole, first = sum(sizes), sizes[0]
     return (2 * whole + 2 * steps * (whole - first)) / (3 * whole - first) if steps else 1.0
 
 
 def bench(case: tuple[str, str, tuple[int, ...], int, int, int]) -> list[dict[str, Any]]:
-    """Rows of one case."""
+    """Return the rows of one case."""
     title, model_name, shape, size, rounds, times = case
     steps: dict[tuple[str, int], Callable[[], None]] = {}
     floors: dict[tuple[str, int], float] = {}

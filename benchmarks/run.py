@@ -1,9 +1,9 @@
 """Time and memory of one training step of every rule, relative to backpropagation, measured in one run.
 
-All rules take turns in one process, in a new random order every round, so that a disturbance meets them alike. A turn is
-one step that is not timed, to bring the rule's own data into the caches as in training, and then a few that are. The ratio
-is the median over rounds of (the rule's time / backprop's time in the same round). On a CPU the time is process time of
-one thread, and the same run also times what the step cannot avoid (`limits.py`).
+All rules take turns in one process, in a new random order every round, so that disturbances affect them equally. A turn is
+one untimed step, to bring the rule's data into the caches as in training, and then a few timed steps. The ratio is the
+median over rounds of (the rule's time / backprop's time in the same round). On a CPU the time is process time of one
+thread, and the same run also times the step's lower bounds (`limits.py`).
 
     python benchmarks/run.py [--out benchmarks/results.json] [--only mlp] [--device cuda]
 """
@@ -49,7 +49,7 @@ TDCA: dict[str, Callable[..., apical.CreditRule]] = {
     "tdca": apical.TopDownCreditAssignment,
     "tdca-classes": partial(apical.TopDownCreditAssignment, teacher="classes"),
 }
-"""With an unevolved teacher, which costs what an evolved one of its size does, and with that for any number of classes."""
+"""With an unevolved teacher, which costs the same as an evolved one of its size, and with that for any number of classes."""
 
 OF_TOKENS: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
     name: partial(make, loss=token_cross_entropy, **({"units": "block"} if name in ("dfa", *TDCA) else {}))
@@ -60,12 +60,12 @@ OF_TOKENS: dict[str, Callable[[nn.Module], apical.CreditRule]] = {
 
 
 class Case(NamedTuple):
-    """What is timed.
+    """A timed case.
 
     Attributes:
-        shape: of a sample.
-        rounds, times: rounds, and timed steps per turn.
-        tokens: size of the vocabulary, of whose indices samples and targets are made; 0 for numbers and ten classes.
+        shape: shape of a sample.
+        rounds, times: number of rounds, and of timed steps per turn.
+        tokens: size of the vocabulary from which samples and targets are drawn; 0 for numbers and ten classes.
     """
 
     title: str
@@ -85,7 +85,7 @@ class Case(NamedTuple):
         return self.tokens or 10
 
     def samples(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A batch of inputs and targets."""
+        """Return a batch of inputs and targets."""
         if self.tokens:
             inputs, targets = torch.randint(0, self.tokens, (2, self.batch, *self.shape), device=device)
             return inputs, targets
@@ -122,7 +122,7 @@ TARGETS = {
 
 
 class Plain:
-    """The same training step without `apical`, for scale."""
+    """The same training step without `apical`, for comparison."""
 
     def __init__(self, model: nn.Module, tokens: bool) -> None:
         self.model, self.loss = model, token_cross_entropy if tokens else F.cross_entropy
@@ -135,7 +135,7 @@ class Plain:
 
 
 def make_step(name: str, case: Case, batch: tuple[Tensor, Tensor], amp: bool) -> tuple[Callable[[], None], Any]:
-    """One full training step: zero_grad, forward, backward, SGD with momentum and decay; AdamW for tokens."""
+    """Return one full training step: zero_grad, forward, backward, SGD with momentum and decay; AdamW for tokens."""
     device = batch[0].device
     torch.manual_seed(0)
     model = models.build(case.model, case.shape, case.classes).to(device)
@@ -160,7 +160,7 @@ def make_step(name: str, case: Case, batch: tuple[Tensor, Tensor], amp: bool) ->
 
 
 def timed(step: Callable[[], None], times: int, device: torch.device) -> float:
-    """Seconds per step over one turn: process time on a CPU, wall time between synchronisations on a GPU."""
+    """Return seconds per step over one turn: process time on a CPU, wall time between synchronisations on a GPU."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     step()
@@ -173,7 +173,7 @@ def timed(step: Callable[[], None], times: int, device: torch.device) -> float:
 
 
 def bench(case: Case, device: torch.device, amp: bool = False) -> list[dict[str, Any]]:
-    """Rows of one model."""
+    """Return the rows of one model."""
     title, size, rounds, times = case.title, case.batch, case.rounds, case.times
     batch = case.samples(device)
     names = ["torch", *case.rules]
@@ -261,7 +261,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def save(out: Path, content: dict[str, Any]) -> None:
-    """Write measurements, whole or not at all."""
+    """Write measurements atomically."""
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(out)

@@ -1,8 +1,8 @@
-"""How time and memory grow with depth, width and batch, for one rule of each kind; the exponents are printed.
+"""Growth of time and memory with depth, width and batch, for one rule of each kind; prints the exponents.
 
-Along each axis everything else stays: 4 hidden layers of 256 and batch 64. A step is zero_grad, forward and backward pass
-and SGD; memory is the most that a step holds at once, gradients included. Exponents are slopes in logarithms over the upper
-half of the axis, where what does not grow is small.
+Along each axis everything else is fixed: 4 hidden layers of 256 and batch 64. A step is zero_grad, forward and backward pass
+and SGD; memory is the peak of a step, gradients included. Exponents are slopes in logarithms over the upper half of the
+axis, where constant costs are small.
 
     python benchmarks/scaling.py [--out benchmarks/scaling.json] [--rounds 3]
 """
@@ -50,7 +50,7 @@ def step(rule: apical.CreditRule, optimizer: torch.optim.Optimizer, x: Tensor, y
 
 
 def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
-    """Slope of log(value) over log(size), least squares over the upper half."""
+    """Return the slope of log(value) over log(size), least squares over the upper half."""
     half = len(sizes) // 2
     xs, ys = [math.log(s) for s in sizes[half:]], [math.log(max(v, 1e-12)) for v in values[half:]]
     x, y = statistics.mean(xs), statistics.mean(ys)
@@ -58,7 +58,7 @@ def exponent(sizes: tuple[int, ...], values: list[float]) -> float:
 
 
 def measure(settings: dict[str, int], rounds: int) -> dict[str, tuple[float, int]]:
-    """Seconds per step and bytes held, of every rule in turns."""
+    """Return seconds per step and bytes held, of every rule in turns."""
     x, y = torch.rand(settings["batch"], *SHAPE), torch.randint(10, (settings["batch"],))
     runs, memory = [], []
     for make in RULES.values():
@@ -75,7 +75,7 @@ def measure(settings: dict[str, int], rounds: int) -> dict[str, tuple[float, int
 
 
 def axis(name: str, sizes: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    """A row per rule: times, memory and their exponents along one axis."""
+    """Return a row per rule: times, memory and their exponents along one axis."""
     found = [measure(BASE | {name: size}, rounds) for size in sizes]
     rows = []
     for rule in RULES:

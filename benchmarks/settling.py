@@ -1,8 +1,8 @@
 """Time of one settling step of equilibrium networks against their matrix products, and of a training step against backprop.
 
 One process, one thread, everything in turns, medians of ratios within a round. Two floors at batch 128: *forward* is the
-matrix products of one forward pass through the whole model, *own* those that the step cannot avoid (each weight between
-two states once in each direction; what the input sends up is computed once per phase), run alone on the same shapes.
+matrix products of one forward pass through the whole model, *own* the step's unavoidable ones (each weight between two
+states once in each direction; the input's drive is computed once per phase), run alone on the same shapes.
 
     python benchmarks/settling.py [--out benchmarks/settling.json] [--device cpu] [--rounds 25]
 """
@@ -47,7 +47,7 @@ def clock(device: torch.device) -> float:
 
 
 def products(pairs: list[tuple[Tensor, Tensor]], times: int) -> None:
-    """Matrix products into memory that is there already."""
+    """Compute matrix products into preallocated memory."""
     held = [a.new_empty(len(a), b.shape[1]) for a, b in pairs]
     for _ in range(times):
         for (a, b), out in zip(pairs, held, strict=True):
@@ -55,7 +55,7 @@ def products(pairs: list[tuple[Tensor, Tensor]], times: int) -> None:
 
 
 def cases(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
-    """What is timed for one rule, each `STEPS` times: a free step, a nudged one, and the floors."""
+    """Return the timed calls for one rule, each repeated `STEPS` times: a free step, a nudged step, and the floors."""
     kind, make = RULES[name]
     torch.manual_seed(0)
     rule = make(models.build(kind, SHAPE, 10)).to(device)
@@ -106,7 +106,7 @@ def cases(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
 
 
 def settling(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row per rule and phase."""
+    """Return a row per rule and phase."""
     rows = []
     with torch.no_grad():
         for name in [each for each in RULES if each != "bp"]:
@@ -149,7 +149,7 @@ def settling(rounds: int, device: torch.device) -> list[dict[str, Any]]:
 
 
 def training(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """One whole training step of each rule, at its default numbers of steps, against backpropagation's."""
+    """Time one whole training step of each rule, at its default numbers of steps, against backpropagation's."""
     x, y = torch.rand(BATCH, *SHAPE, device=device), torch.randint(10, (BATCH,), device=device)
     steps: dict[str, Callable[[], None]] = {}
 

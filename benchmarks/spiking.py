@@ -1,15 +1,15 @@
-"""A step of the simulation of contrastive plasticity, learning included, against its matrix products alone.
+"""A simulation step of contrastive plasticity, learning included, against its matrix products alone.
 
 One process, one thread, in turns, medians over rounds.
 
     python benchmarks/spiking.py [--out benchmarks/spiking.json] [--rounds 9]
 
-Products are those of the currents and of what synapses learn, of positive and negative samples, on the same spikes; passes
-are the rest of a step, called one by one in the same order without the products. Every stimulus begins at rest, as
-traces that decay for hundreds of steps become numbers that processors are slow with.
+Products are those of the currents and of the synaptic updates, for positive and negative samples, on the same spikes; passes
+are the remaining operations of a step, called one by one in the same order. Every stimulus starts at rest, because traces
+that decay for hundreds of steps become subnormal numbers, with which processors are slow.
 
-The floor is what no order of calls avoids in PyTorch: bytes that passes read and write at the speed of a copy of memory that
-does not fit the processor's second cache, and calls at the cost of one on a single number.
+The floor is the minimum in PyTorch for any order of calls: bytes that passes read and write, at the speed of copying memory
+larger than the second-level cache, and calls at the cost of one on a single number.
 """
 
 import argparse
@@ -36,11 +36,11 @@ SETTINGS = (((128, 64), 100), ((256, 64), 100), ((512, 128), 100), ((1024, 128),
 STEPS = 40
 TARGET = 1.5
 COPIED = 2**20
-"""Numbers in the copy by which memory is timed."""
+"""Number of entries in the copy that times memory."""
 
 
 class Calls(TorchDispatchMode):
-    """Counts operations, and the bytes of those that are neither products nor views."""
+    """Counts operations, and the bytes of operations that are neither products nor views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Calls(TorchDispatchMode):
 
 @torch.no_grad()
 def row(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, Any]:
-    """Of one network."""
+    """Return the row of one network."""
     torch.manual_seed(0)
     rule = apical.ContrastiveSignalPlasticity(models.spiking(784, widths, 10), steps=STEPS)
     ink = torch.rand(batch, 784) < 0.2

@@ -1,9 +1,9 @@
 """Training without backward locking: `apical.pipeline` on two processes against the same rule on one.
 
 Kinds of steps take turns in every round: the rule on one process ("serial"), the pipeline, and backpropagation on one
-process. Times are wall-clock times, so other jobs on the machine lengthen those of two processes first. "cores" says what a
-second process was worth: how many times the steps of one are done by two that have nothing to do with each other. "limit"
-does not depend on that: processor time of a step on one process, over that of the busier process in the pipeline.
+process. Times are wall-clock times, so other jobs on the machine mostly slow down two processes. "cores" is the speed-up of
+two independent processes over one. "limit" does not depend on that: processor time of a step on one process, over that of
+the busier process in the pipeline.
 
     python benchmarks/wavefront.py [--out benchmarks/wavefront.json] [--quick]
 """
@@ -43,13 +43,13 @@ Step = Callable[[int], None]
 
 
 def processor_time(pid: int) -> float:
-    """Seconds that a process has computed so far, to a hundredth."""
+    """Return the processor seconds of a process so far, to a hundredth."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def made(rule: str, title: str, batch: int) -> tuple[Any, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
-    """A rule, its optimiser and the data, all of seed 0."""
+    """Return a rule, its optimiser and the data, all with seed 0."""
     model, shape, *_ = MODELS[title]
     torch.manual_seed(0)
     built = RULES[rule](models.build(model, shape, 10))
@@ -70,7 +70,7 @@ def serial(rule: str, title: str, batch: int) -> tuple[Any, Step]:
 
 
 def serve(rule: str, title: str, batch: int, pipe: Connection) -> None:
-    """Another process: as many serial steps as it is told, until the pipe is closed."""
+    """Run in another process: as many serial steps as requested, until the pipe is closed."""
     torch.set_num_threads(1)
     _, step = serial(rule, title, batch)
     try:
@@ -149,7 +149,7 @@ def bench(rule: str, title: str, batch: int, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    from run import environment, save  # beside this file where it is a script; tests import it from the root
+    from run import environment, save  # next to this file when run as a script; tests import it from the root
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "wavefront.json")

@@ -2,9 +2,9 @@
 
     python benchmarks/zoo.py [--out benchmarks/zoo.json] [--rules fa dfa] [--compiled fa dfa]
 
-For each pair `apical.testing.check_model` runs in double precision, and its result is kept: the checks that passed, the
-sentence of a refusal, or the fault. Compilation takes ten seconds for each model, so by default only one rule of each
-kind, feedback edges and cuts, is compiled.
+For each pair `apical.testing.check_model` runs in double precision, and its result is saved: the checks that passed, the
+message of a refusal, or the fault. Compilation takes ten seconds per model, so by default only one rule of each kind,
+feedback edges and cuts, is compiled.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from specimens import ZOO, outcome
 
 
 def made(entry: Entry, shape: tuple[int, ...], model: nn.Module, loss: Loss) -> apical.CreditRule:
-    """The rule around a model for samples of a shape."""
+    """Return the rule for a model and samples of a shape."""
     sized = {"input_shape": shape} if "input_shape" in inspect.signature(entry.build).parameters else {}
     return entry.build(model, loss=loss, **sized, **entry.options)
 

@@ -171,10 +171,10 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
         known: what each is.
     """
     about = (
-        "Every number on these pages is computed from files under `results/` in the repository, which the commands named on "
-        "them wrote; {doc}`../how-results-are-made` says how. *Size* is against `--budget paper`, the paper's epochs and at "
-        "least as many seeds: full, shortened how, or not run. *Reproduced* counts verdicts, of all that could be decided; "
-        "{doc}`reproductions` has every verdict on one page."
+        "Every number on these pages is computed from files under `results/` in the repository, written by the commands "
+        "that the pages name; {doc}`../how-results-are-made` explains how. *Size* is relative to `--budget paper`, the "
+        "paper's epochs and at least as many seeds: full, how it was shortened, or not run. *Reproduced* counts verdicts, "
+        "out of all that could be decided; {doc}`reproductions` has every verdict on one page."
     )
     rows = []
     for target, each in tables().items():

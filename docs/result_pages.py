@@ -250,7 +250,7 @@ def distances(verdicts: Sequence[Row], summary: Sequence[Row]) -> list[str]:
             lines[row["rule"]] = [f"`{row['rule']}`", *cells, f"{ours - row['published']:+.2f}", str(len(ends))]
     if not lines:
         return []
-    about = "Where training ended before the reference's epoch there is no verdict; these are the distances, in points."
+    about = "There is no verdict if training ended before the reference's epoch; these are the distances, in points."
     return [about, table(("rule", "reference", "measured", "distance", "seeds"), lines.values())]
 
 

@@ -56,10 +56,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("train", "--data", "digit"), "did you mean 'digits'?"),
         (("train", "--epochs", "0"), "--epochs must be positive"),
         (("train", "--rules", "bp"), "unknown option --rules (did you mean --rule?)"),
-        (("train", "--clip-over", "network"), "without effect here: --clip-over (--clip is off); leave it out"),
-        (("compare", "--lr-min", "0.001"), "without effect here: --lr-min (--lr-cosine is off); leave it out"),
-        (("compare", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
-        (("evolve", "--resume", "--overwrite"), "--resume continues what is there and --overwrite replaces it"),
+        (("train", "--clip-over", "network"), "without effect here: --clip-over (--clip is off); drop it"),
+        (("compare", "--lr-min", "0.001"), "without effect here: --lr-min (--lr-cosine is off); drop it"),
+        (("compare", "--resume", "--overwrite"), "--resume continues what is in the folder and --overwrite replaces it"),
+        (("evolve", "--resume", "--overwrite"), "--resume continues what is in the folder and --overwrite replaces it"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -89,7 +89,7 @@ def test_data_of_other_classes_than_ten_have_the_teacher_for_any_number(
 ) -> None:
     out = tmp_path / "out"
     assert main(["train", "--rule", "tdca", *TEXT, "--epochs", "1", "--epoch-steps", "1", "--out", str(out)]) == 0
-    said = "tdca has the teacher 'classes': there are 96 classes, and 'digits' is for ten"
+    said = "tdca uses the teacher 'classes': there are 96 classes, and 'digits' is for ten"
     assert said in capsys.readouterr().out
     assert "teacher='classes'" in json.loads((out / "config.json").read_text())["rule_options"]
 
@@ -245,7 +245,7 @@ def test_a_comparison_leaves_feedback_passes_to_the_rules_that_learn_feedback(
     asked = Recipe(pretrain_epochs=2, feedback_passes=1, train_limit=64, device="cpu")
     recipes, notes = commands.prepare([dataclasses.replace(asked, rule=rule) for rule in ("bp", "noisy")])
     assert [(recipe.pretrain_epochs, recipe.feedback_passes) for recipe in recipes] == [(0, 0), (2, 1)]
-    assert any("bp learns no feedback weights" in note for note in notes[0])
+    assert any("bp has no feedback weights" in note for note in notes[0])
     assert not any("no feedback passes" in note for note in notes[1])
 
 
@@ -289,7 +289,8 @@ def test_data_list_and_fetch_of_an_unknown_set(capsys: pytest.CaptureFixture[str
     assert main(["data", "list"]) == 0
     assert "digits" in capsys.readouterr().out
     assert "did you mean 'mnist'" in refused(capsys, "data", "fetch", "mnits")
-    assert refused(capsys, "data") == "apical: error: apical data needs a word more: fetch or list; see apical data --help\n"
+    said = "apical: error: apical data needs a subcommand: fetch or list; see apical data --help\n"
+    assert refused(capsys, "data") == said
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +305,7 @@ def test_a_path_behind_an_equals_sign_may_begin_at_home(
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
     assert f"--out {tmp_path}/used is not empty" in refused(capsys, "train", "--out=~/used", *QUICK)
-    assert "nothing is no folder" in refused(capsys, "report", "~/nothing")
+    assert "nothing is not a folder" in refused(capsys, "report", "~/nothing")
 
 
 def test_report_of_a_folder_without_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

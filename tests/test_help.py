@@ -49,7 +49,7 @@ def test_the_whole_help_has_every_text(capsys: pytest.CaptureFixture[str]) -> No
         ("compare", "--out DIR is missing; see apical compare --help"),
         (
             "compare --optimizer sgdd --out q",
-            "--optimizer is 'sgdd' (did you mean sgd?), but takes adam, adamw, input-adam, muon, nadam, radam, sgd",
+            "--optimizer takes adam, adamw, input-adam, muon, nadam, radam, sgd, got 'sgdd' (did you mean sgd?)",
         ),
         ("compare --seeds 1.5 --out q", "--seeds K takes a whole number, got '1.5'; see apical compare --help"),
         ("compare --epochs x --out q", "--epochs N takes a whole number, got 'x'"),
@@ -59,12 +59,12 @@ def test_the_whole_help_has_every_text(capsys: pytest.CaptureFixture[str]) -> No
         ("list rule", "did you mean rules?"),
         ("report", "is missing; see apical report --help"),
         ("compare --rules --out q", "--rules needs at least one name"),
-        ("compare --rules 5 --out q", "--rules 5: rules are called by names such as pfa; --seeds sets how many seeds"),
-        ("train --rule 5 --out q", "--rule 5: a rule is called by a name"),
-        ("train --data 3 --out q", "--data 3: data are called by a name, a file or a folder; --train-limit sets"),
-        ("train --model 64 --out q", "--model 64: a network is called by a name with its widths, such as mlp-64-64"),
-        ("sweep --rules 2 --space lr=0.1 --out q", "--rules 2: rules are called"),
-        ("audit 5", "rules 5: rules are called by names"),
+        ("compare --rules 5 --out q", "--rules 5: expected names of rules, such as pfa; --seeds sets the number of seeds"),
+        ("train --rule 5 --out q", "--rule 5: expected the name of a rule"),
+        ("train --data 3 --out q", "--data 3: expected a name, a file or a folder; --train-limit sets"),
+        ("train --model 64 --out q", "--model 64: expected a name with widths, such as mlp-64-64"),
+        ("sweep --rules 2 --space lr=0.1 --out q", "--rules 2: expected names of rules"),
+        ("audit 5", "rules 5: expected names of rules"),
     ],
 )
 def test_errors_are_one_line_and_point_at_the_option(

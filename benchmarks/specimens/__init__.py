@@ -1,4 +1,4 @@
-"""Models as people write them, in small: on each, every rule trains as it says or refuses by name (:func:`outcome`)."""
+"""Small versions of typical models: on each, every rule trains as documented or refuses the model (:func:`outcome`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,12 +34,12 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one rule on one model.
+    """Outcome of one rule on one model.
 
     Attributes:
         trained: every check of :func:`apical.testing.check_model` that applies passed.
         refused: why the rule refuses the model, if it does.
-        fault: what was found wrong, if anything.
+        fault: the fault that was found, if any.
     """
 
     trained: bool
@@ -95,11 +95,11 @@ ZOO: dict[str, Specimen] = {
     "stochastic-depth": Specimen("stochastic depth", sequences.StochasticDepth, _normal(6), _classes(4)),
     "experts": Specimen("mixture of experts", sequences.MixtureOfExperts, _normal(6), _classes(4)),
 }
-"""By short name."""
+"""Specimens by short name."""
 
 
 def outcome(factory: Callable[..., CreditRule], specimen: Specimen, skip: tuple[str, ...] = ()) -> Outcome:
-    """Make the rule around a new model, in double precision, and check it."""
+    """Build the rule for a new model, in double precision, and check it."""
     torch.manual_seed(0)
     model = specimen.make().double()
     generator = torch.Generator().manual_seed(1)

@@ -52,7 +52,7 @@ class Vgg(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU come before each convolution; the sum stays as it is."""
+    """Batch norm and ReLU come before each convolution; the sum has no activation."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()

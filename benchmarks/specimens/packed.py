@@ -1,4 +1,4 @@
-"""Small networks of PyTorch's own attention and recurrent modules, and one that ties its embedding to its head."""
+"""Small networks of PyTorch's attention and recurrent modules, and one that ties its embedding to its head."""
 
 import math
 from typing import cast
@@ -30,7 +30,7 @@ class Encoder(nn.Module):
     """Token and position embeddings, a causal `nn.TransformerEncoder`, a class for every token.
 
     Args:
-        norm_first: normalise before each sub-layer, or behind the sum.
+        norm_first: normalise before each sub-layer, or after the sum.
     """
 
     def __init__(self, norm_first: bool = True) -> None:
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
 
 
 class Tied(nn.Module):
-    """The head has the embedding's weight; a GRU cell between them."""
+    """The head shares the embedding's weight, with a GRU cell between them."""
 
     def __init__(self) -> None:
         super().__init__()

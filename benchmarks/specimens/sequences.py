@@ -1,4 +1,4 @@
-"""Small transformers, a recurrent network and other models that are no images, as people write them by hand."""
+"""Small hand-written transformers, a recurrent network and other models for data other than images."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class SelfAttention(nn.Module):
     """Hand-written attention with one layer for queries, keys and values.
 
     Args:
-        causal: no token sees later ones.
+        causal: tokens do not see later ones.
     """
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
@@ -97,7 +97,7 @@ class Rnn(nn.Module):
 
 
 class MaskedAndStandardised(nn.Module):
-    """Layers that compute with a function of their weight."""
+    """Layers that use a function of their weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class Shared(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A perceptron with functional activations, one of whose layers is somebody's choice.
+    """A perceptron with functional activations and one layer given by the caller.
 
     Args:
-        layer: makes the layer in the middle, 8 to 8.
+        layer: makes the middle layer, 8 to 8.
     """
 
     def __init__(self, layer: Callable[[], nn.Module]) -> None:
@@ -157,7 +157,7 @@ def weight_normed() -> nn.Module:
 
 
 class DictOutput(nn.Module):
-    """Answers by a dictionary, as libraries of transformers do."""
+    """Returns a dictionary, as transformer libraries do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class DictOutput(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Residual blocks that are left out at random in training."""
+    """Residual blocks that are skipped at random in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class StochasticDepth(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each sample goes to the one expert that a gate prefers."""
+    """Each sample is routed to the expert with the highest gate value."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Papers: recipes, studies and tables, one folder each. Found by the entry-point group `apical.papers`."""
+"""Papers: recipes, studies and tables, one folder each. Registered under the entry-point group `apical.papers`."""

@@ -24,13 +24,13 @@ class Digits:
         self.test = ((data.test.inputs.flatten(1)[:TEST] - low) / (high - low), data.test.targets[:TEST])
 
     def accuracy(self, model: nn.Module) -> float:
-        """On the test digits (0 to 1), of a network or of a rule's answers."""
+        """Return the accuracy (0 to 1) of a network, or of a rule's answers, on the test digits."""
         return accuracy(model, *self.test)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Between 0 and 1, of a network or of a rule's answers."""
+    """Return the accuracy (0 to 1) of a network, or of a rule's answers."""
     answer = model.answer if isinstance(model, CreditRule) else model
     return float((answer(inputs).argmax(1) == targets).double().mean())
 
@@ -45,11 +45,11 @@ def passes(
     options: dict[str, Any] | None = None,
     after: Callable[[], None] = lambda: None,
 ) -> Iterator[CreditRule]:
-    """The rule after every pass of plain SGD.
+    """Yield the rule after every pass of plain SGD.
 
     Args:
-        options: of the rule, in place of those of its name.
-        after: runs after every step.
+        options: options of the rule, replacing those of its name.
+        after: called after every step.
     """
     entry = find_rule(rule)
     learner = entry.build(model, **{**entry.options, **(options or {})})

@@ -91,7 +91,7 @@ def test_without_a_compiler_it_is_one_line(
     assert main(["train", "--compile", "True", "--epochs", "1", "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "--compile needs a C++ compiler, and there is no no-such-compiler" in message
+    assert "--compile needs a C++ compiler, but no-such-compiler was not found" in message
     assert not list(tmp_path.glob("run/*.json*"))
 
 

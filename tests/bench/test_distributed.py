@@ -59,7 +59,8 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     for process in ranks:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert errors == "apical: error: --batch-size 33 does not divide among 2 processes\n"
+        said = "--batch-size 33 is not divisible by the number of processes, 2; change one"
+        assert errors == f"apical: error: {said}\n"
     assert not (tmp_path / "run").exists()
 
 

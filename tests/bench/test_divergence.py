@@ -79,7 +79,7 @@ def test_a_network_that_is_not_finite_before_its_first_step(
     result = json.loads(Path("all/runs/bp/seed-1/result.json").read_text())
     assert (result["status"], result["epochs"], result["test_loss"]) == ("diverged", 0, None)
     assert result["message"].endswith(
-        "nothing was saved. No step was taken: look at the data, the model and its initial weights"
+        "nothing was saved. No step was taken: check the data, the model and its initial weights"
     )
     assert "bp, seed 1: diverged" in Path("all/report.html").read_text()
     assert main(["train", "--rule", "bp", "--model", "late.py:Late", "--out", "one", *small]) == 2

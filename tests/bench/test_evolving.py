@@ -225,7 +225,7 @@ def test_two_evolutions_cannot_share_a_folder(
     ("more", "said"),
     [
         (("--generations", "6"), "is not empty; add --resume"),
-        (("--generations", "6", "--resume", "--lr", "0.5"), "other options (saved vs asked): lr: 0.02 vs 0.5"),
+        (("--generations", "6", "--resume", "--lr", "0.5"), "other options (saved vs given): lr: 0.02 vs 0.5"),
         (("--generations", "3", "--resume"), "has 6 finished generations, more than --generations 3"),
     ],
 )

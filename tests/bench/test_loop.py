@@ -81,9 +81,9 @@ def test_a_rules_own_measures_are_in_every_line(begin: Begin, small: Recipe, tmp
     plain.train_epoch()
     assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(training).items())
     assert "pulse" not in measuring(begin, replace(small, probe=0), tmp_path / "off").line
-    with pytest.raises(ConfigError, match="'test_loss' is a number of every run"):
+    with pytest.raises(ConfigError, match="'test_loss' is reserved"):
         measuring(begin, small, tmp_path / "clash", name="test_loss")
-    with pytest.raises(ConfigError, match="'gradient_alignment' is a number of every run"):
+    with pytest.raises(ConfigError, match="'gradient_alignment' is reserved"):
         measuring(begin, small, tmp_path / "layer", layer_name="gradient_alignment")
 
 

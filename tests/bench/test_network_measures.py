@@ -106,7 +106,7 @@ def test_of_rules_that_answer_in_their_own_way_it_is_said(tmp_path: Path, capsys
     assert main(["compare", *arguments.split(), "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert main(["measure", str(tmp_path), "--measure", "coding"]) == 0
-    said = "csdp answers in its own way; activities and Jacobians here are of its model's forward pass"
+    said = "csdp computes its answers differently; activities and Jacobians here are those of the model's forward pass"
     assert " ".join(capsys.readouterr().out.split()).count(said) == 1
 
 
@@ -161,7 +161,7 @@ def test_bad_input_is_one_line(
 
 
 def test_what_a_measure_may_return(own: Path) -> None:
-    with pytest.raises(ConfigError, match="returns a int, not numbers by name"):
+    with pytest.raises(ConfigError, match="must return numbers by name \\(a dictionary\\), got int"):
         measured((f"{own}:wrong",), nn.Linear(2, 2), torch.randn(3, 2))
     with pytest.raises(ConfigError, match="channel cannot be measured on this model"):
         measured(("channel",), nn.Embedding(3, 2), torch.tensor([1, 2]))

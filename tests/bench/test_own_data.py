@@ -102,7 +102,7 @@ def test_a_sweep_and_its_best_settings(folder: Path, capsys: pytest.CaptureFixtu
     assert main([*command, "--final-seeds", "0", "--out", "sweep", *QUICK]) == 0
     compare = ["compare", "--recipe", "sweep/best.json", "--seeds", "1", "--jobs", "1"]
     np.savez(folder / "own.npz", x=np.ones((60, 4)), y=np.arange(60) % 3)
-    assert "own.npz changed since this began" in refused(capsys, *compare, "--out", "best")
+    assert "own.npz changed since the run began" in refused(capsys, *compare, "--out", "best")
     assert main([*compare, "--data", "own.npz", "--out", "best"]) == 0  # named again: as it is now
 
 

@@ -84,7 +84,7 @@ def test_in_a_comparison(file: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         ("mine.py:Zzz", "mine.py has no class 'Zzz'. Its rules: Louder"),
         ("broken.py:Rule", "broken.py cannot be loaded: SyntaxError: .* \\(line 2\\)"),
         ("failing.py:Rule", "failing.py cannot be loaded: ZeroDivisionError: division by zero \\(line 3\\)"),
-        ("torch.nn:Linear", "torch.nn:Linear is no rule: derive the class from apical.CreditRule"),
+        ("torch.nn:Linear", "torch.nn:Linear is not a rule: derive the class from apical.CreditRule"),
         ("apical.core.edge:EdgeRule", "has no method 'feedback_of'"),
         ("no_such_module:Rule", "module no_such_module cannot be imported"),
     ],
@@ -101,7 +101,7 @@ def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: 
     (tmp_path / "other.py").write_text(RULE)
     assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results go by the name of the class: rename" in said
+    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results are named after the class: rename" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -237,16 +237,16 @@ def test_a_method_that_returns_something_else_is_said(
     """The first would train by backpropagation under the rule's name."""
     Path(file).write_text(f"{RULE}\n    {method}\n")
     assert main(["compare", "--rules", f"{file}:Louder", *QUICK, "--jobs", "1", "--out", "out"]) == 2
-    assert f"Louder.{said}, no apical.core.credit." in capsys.readouterr().err
+    assert f"Louder.{said}, not apical.core.credit." in capsys.readouterr().err
     if "forward" in said:
         assert main(["audit", f"{file}:Louder", "--epochs", "1"]) == 2
-        assert f"Louder.{said}, no apical.core.credit.Credit" in capsys.readouterr().err
+        assert f"Louder.{said}, not apical.core.credit.Credit" in capsys.readouterr().err
 
 
 def test_names_that_people_type() -> None:
-    with pytest.raises(ConfigError, match="unknown rule 'feedbackalignment': the command line calls it 'fa'"):
+    with pytest.raises(ConfigError, match="unknown rule 'feedbackalignment': its name on the command line is 'fa'"):
         find_rule("feedbackalignment")
-    with pytest.raises(ConfigError, match="unknown rule 'bp,fa': names of rules have spaces between them"):
+    with pytest.raises(ConfigError, match="unknown rule 'bp,fa': separate names of rules by spaces"):
         find_rule("bp,fa")
 
 

@@ -107,7 +107,7 @@ def test_a_field_that_an_older_configuration_lacks_has_its_default() -> None:
     ("fields", "are_numbers", "said"),
     [
         ({}, True, "add --loss mse"),
-        ({"loss": "mse"}, False, "--loss mse needs targets that are numbers"),
+        ({"loss": "mse"}, False, "--loss mse needs numbers as targets"),
         ({"loss": "mse", "crop": 1}, True, "--crop"),
         ({"loss": "mse", "flip": True}, True, "--flip"),
     ],
@@ -133,15 +133,15 @@ def test_feedback_passes_need_a_rule_that_learns_feedback(option: str) -> None:
 @pytest.mark.parametrize(
     ("given", "rest", "said"),
     [
-        ({"beta2": 0.5, "eps": 0.1}, {}, "--beta2 (--optimizer sgd has none), --eps (--optimizer sgd has none); leave them"),
-        ({"lr_min": 0.001}, {}, "--lr-min (--lr-cosine is off); leave it out"),
+        ({"beta2": 0.5, "eps": 0.1}, {}, "--beta2 (--optimizer sgd has none), --eps (--optimizer sgd has none); drop them"),
+        ({"lr_min": 0.001}, {}, "--lr-min (--lr-cosine is off); drop it"),
         ({"clip_over": "network"}, {}, "--clip-over (--clip is off)"),
         ({"pretrain_lr": 0.1}, {"feedback_passes": 1}, "--pretrain-lr (--pretrain-epochs is off)"),
         ({"feedback_fraction": 0.5}, {}, "--feedback-fraction (there are no feedback passes)"),
-        ({"feedback_lr": 0.1}, {}, "--feedback-lr (no rule here has feedback weights that learn apart)"),
+        ({"feedback_lr": 0.1}, {}, "--feedback-lr (no rule here has feedback weights that learn separately)"),
         ({"decay_on": "matrices"}, {"weight_decay": (0.0,)}, "--decay-on (--weight-decay is off)"),
         ({"context": 8}, {}, "--context (the data have no tokens)"),
-        ({"tokens": "bytes"}, {}, "--tokens (the data are no text)"),
+        ({"tokens": "bytes"}, {}, "--tokens (the data are not text)"),
     ],
 )
 def test_settings_without_effect_are_refused(given: dict[str, Any], rest: dict[str, Any], said: str) -> None:

@@ -171,4 +171,4 @@ def test_student_teacher_on_the_command_line(capsys: pytest.CaptureFixture[str],
 
 def test_mse_on_classes_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["train", "--loss", "mse", "--out", str(tmp_path / "out")]) == 2
-    assert "--loss mse needs targets that are numbers; those of digits are classes" in capsys.readouterr().err
+    assert "--loss mse needs numbers as targets; those of digits are classes" in capsys.readouterr().err

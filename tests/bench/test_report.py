@@ -274,9 +274,9 @@ def test_same_runs_give_the_same_bytes(written):
     ("file", "content", "message"),
     [
         ("compare.json", "{", r"compare\.json is damaged"),
-        ("compare.json", "[1]", r"compare\.json does not hold a JSON object"),
+        ("compare.json", "[1]", r"compare\.json does not contain a JSON object"),
         ("runs/bp/seed-0/config.json", "nonsense", r"config\.json is damaged"),
-        ("runs/bp/seed-0/result.json", '"x"', r"result\.json does not hold"),
+        ("runs/bp/seed-0/result.json", '"x"', r"result\.json does not contain"),
         ("runs/bp/seed-0/metrics.jsonl", '{"epoch": 0\n{"epoch": 1}\n', r"metrics\.jsonl, line 1 is damaged"),
         ("runs/bp/seed-0/metrics.jsonl", '{"loss": 0}\n', r"metrics\.jsonl, line 1: no metrics record"),
         ("runs/bp/seed-0/metrics.jsonl", '{"epoch": 0, "test_accuracy": "a"}\n', "'test_accuracy' is not a number"),
@@ -298,7 +298,7 @@ def test_other_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a compare folder"):
         report.write(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(CheckpointError, match="holds no run folder"):
+    with pytest.raises(CheckpointError, match="contains no run folder"):
         report.write(tmp_path)
 
 

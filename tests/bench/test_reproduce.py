@@ -128,7 +128,7 @@ def test_a_study_becomes_a_table_of_verdicts(tmp_path: Path, capsys: pytest.Capt
 def test_what_is_kept_is_judged_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "toy-table"
     assert main(["reproduce", "toy/table", "--kept", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"apical: error: --kept: {out} holds no finished run")
+    assert capsys.readouterr().err.startswith(f"apical: error: --kept: {out} contains no finished run")
     by_hand = ["compare", "--recipe", "small", "--epochs", "2", "--seeds", "3", "--jobs", "1", "--out", str(out)]
     assert main(by_hand) == 0
     ran = [json.loads((out / "summary.json").read_text())[0][key] for key in ("seconds", "commit")]

@@ -74,7 +74,7 @@ def test_what_another_process_finished_meanwhile_is_refused(
     assert theirs
     assert files(tmp_path) == theirs
     assert said.count("\n") == 1
-    assert "--overwrite" in said or "nothing else may be mixed" in said
+    assert "--overwrite" in said or "must not be mixed" in said
 
 
 @pytest.mark.parametrize("name", ["train", "compare", "sweep", "evolve"])
@@ -102,7 +102,7 @@ def test_a_folder_moved_away_while_it_is_written(
         monkeypatch.setattr(module, "append_line", append)
     assert main([*COMMANDS[name][:-2], *longer, "--out", str(out)]) == 2
     said = capsys.readouterr().err
-    assert "was moved, removed or replaced while it was written" in said
+    assert "was moved, removed or replaced while results were written" in said
     assert said.count("\n") == 1
     assert theirs
     assert files(out) == theirs
@@ -155,7 +155,7 @@ def test_what_another_command_made_is_neither_continued_nor_replaced(
 ) -> None:
     (tmp_path / "compare.json").write_text("{}")
     assert main([*other, "--out", str(tmp_path)]) == 2
-    assert "holds a comparison, which nothing else may be mixed with" in capsys.readouterr().err
+    assert "contains a comparison, which must not be mixed with" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"compare.json", ".lock"}
 
 

@@ -106,7 +106,7 @@ def test_resuming_trains_nothing_again(folder: Path) -> None:
 
 def test_another_sweep_is_not_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert swept(folder, "--rules", "bp", "pfa", "--space", "lr=0.5", "--resume") == 2
-    assert "holds a sweep with other settings (space)" in capsys.readouterr().err
+    assert "contains a sweep with other settings (space)" in capsys.readouterr().err
     assert swept(folder, "--rules", "bp", "--space", "lr=0.5") == 2
 
 
@@ -122,7 +122,7 @@ def test_a_sweep_grows_by_a_rule(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert read(out / "plan.json")["recipes"].keys() == {"bp", "fa"}
     assert swept(out, "--rules", "bp", *space, "--lr", "0.7") == 0  # what an axis sets is another matter in each trial
     assert swept(out, "--rules", "bp", *space, "--batch-size", "16") == 2  # what was swept is kept to
-    assert "holds a sweep with other settings (recipe of bp)" in capsys.readouterr().err
+    assert "contains a sweep with other settings (recipe of bp)" in capsys.readouterr().err
 
 
 def test_the_best_at_an_end_of_what_was_tried_is_not_bracketed(folder: Path) -> None:
@@ -255,22 +255,22 @@ def test_a_cluster_gives_the_same_trials(folder: Path, tmp_path: Path) -> None:
         (["--space", "lr"], "write KEY=VALUE,VALUE"),
         (["--space", "lr=log(1,0.1)"], "log needs LOW < HIGH"),
         (["--space", "lr=log(0,1)", "--search", "random"], "LOW > 0"),
-        (["--space", "lr=log(0.1,1)"], "lr is a range: a grid needs values"),
+        (["--space", "lr=log(0.1,1)"], "lr is a range, but a grid needs values"),
         (["--space", "lt=0.1"], "unknown setting in --space 'lt'; did you mean 'lr'?"),
-        (["--space", "epochs=1,2"], "all trials have the same epochs"),
-        (["--space", "seed=1,2"], "all trials have the same seed"),
+        (["--space", "epochs=1,2"], "epochs is the same in all trials"),
+        (["--space", "seed=1,2"], "seed is the same in all trials"),
         (["--space", "lr=abc"], "'abc' is not a number"),
         (["--space", "model=mlp-8,mpl-8"], "unknown model 'mpl-8'"),
         (["--space", "lr=0.1", "--tensorboard"], "--tensorboard is for train and compare"),
         (["--space", "lr=0.1", "lr=0.2"], "--space has lr twice for bp"),
-        (["--space", "lr=0.1,0.1"], "a value stands there twice"),
+        (["--space", "lr=0.1,0.1"], "a value occurs twice"),
         (["--space", "dfa:lr=0.1"], "unknown rule in --space 'dfa'"),
         (["--space", "lr=0.1", "pfa:expansion=2,4"], "the grids have different sizes (bp 1, pfa 2)"),
         (["--space", "lr=0.1", "--trials", "3"], "--trials is for --search random and optuna"),
         (["--space", "batch_size=8.5"], "8.5 is not a whole number"),
         (["--space", "lr=0.1", "--final-seeds", "-1"], "--final-seeds must be at least 0"),
-        (["--space", "lr=0.1", "--clip-over", "network"], "without effect here: --clip-over (--clip is off); leave it out"),
-        (["--space", "lr_min=0.1,0.2"], "without effect here: --space lr_min (--lr-cosine is off); leave it out"),
+        (["--space", "lr=0.1", "--clip-over", "network"], "without effect here: --clip-over (--clip is off); drop it"),
+        (["--space", "lr_min=0.1,0.2"], "without effect here: --space lr_min (--lr-cosine is off); drop it"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,9 +339,9 @@ def test_a_sweep_in_which_every_trial_diverges_has_no_best_settings(
 ) -> None:
     assert swept(tmp_path / "out", "--rules", "bp", "--space", "lr=1e29,1e30") == 3
     assert capsys.readouterr().out.endswith(
-        "every trial diverged, so there are no best settings: try others, such as a smaller lr, in --space\n"
+        "every trial diverged, so there are no best settings: try other values in --space, such as a smaller lr\n"
     )
     assert not (tmp_path / "out" / "best.json").exists()
     page = (tmp_path / "out" / "sweep.html").read_text()
-    assert "the test images were not looked at" in page
+    assert "the test images were not used" in page
     assert "final/report.html" not in page  # which is not there

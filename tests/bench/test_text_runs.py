@@ -92,7 +92,7 @@ def test_a_text_is_judged_by_nats(begin: Callable[..., Training], tmp_path: Path
     comparison = read(tmp_path)
     assert comparison.score.label == "test loss (nats per token)"
     page = report.write(tmp_path).read_text()
-    for words in ("Perplexity", "Bits per token", "What the nets write", "Test loss,&nbsp;nats"):
+    for words in ("Perplexity", "Bits per token", "Generated text", "Test loss,&nbsp;nats"):
         assert words in page
     assert "accuracy" not in page.lower()
 
@@ -154,7 +154,7 @@ def test_hashes_of_older_recipes_stay() -> None:
     ("options", "said"),
     [
         ({"loss": "cross_entropy"}, "add --loss token_cross_entropy"),
-        ({"data": "digits", "model": "mlp-8"}, "leave --loss token_cross_entropy out"),
+        ({"data": "digits", "model": "mlp-8"}, "drop --loss token_cross_entropy"),
         ({"lr_final": 0.1}, "--lr-final is where --lr-cosine ends"),
         ({"tokens": "words"}, "--tokens"),
     ],
@@ -179,7 +179,7 @@ def test_an_own_gpt_on_an_own_text(
     assert "perplexity" in said
     config = json.loads(Path("out/runs/fa/seed-0/config.json").read_text())
     assert len(config["data_sha256"]) == 16
-    assert "What the nets write" in Path("out/report.html").read_text()
+    assert "Generated text" in Path("out/report.html").read_text()
 
 
 def test_a_gpt_that_says_one_position_is_told_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

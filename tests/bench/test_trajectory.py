@@ -224,7 +224,7 @@ def test_what_cannot_be_drawn_is_one_line(compared: Path, tmp_path: Path, capsys
     out = ("--out", tmp_path / "out")
     one = compared / "runs" / "bp" / "seed-0"
     for arguments, said in (
-        ((tmp_path, *out), f"{tmp_path} is no folder of a run or a comparison"),
+        ((tmp_path, *out), f"{tmp_path} is not the folder of a run or a comparison"),
         ((one, one, *out), "is given twice"),
         ((one, "--grid", "2", *out), "--grid must be at least 3"),
         ((one, "--examples", "1", *out), "--examples must be at least 2"),
@@ -239,10 +239,10 @@ def test_what_cannot_be_drawn_is_one_line(compared: Path, tmp_path: Path, capsys
     capsys.readouterr()
     assert f"{plain} has no trajectory: train with --trajectory N" in refused(capsys, "landscape", one, plain, *out)
     said = refused(capsys, "landscape", one, other, *out)
-    assert f"{other} has another surface: model mlp-9, {one} has mlp-8" in said
+    assert f"{other} has another loss surface: model mlp-9, but {one} has mlp-8" in said
     assert "on one line" in refused(capsys, "landscape", straight, *out)
     (other / "trajectory.pt").write_bytes((one / "trajectory.pt").read_bytes())
-    assert "other weights than mlp-9" in refused(capsys, "landscape", other, *out)
+    assert "does not match the weights of mlp-9" in refused(capsys, "landscape", other, *out)
     (other / "result.json").unlink()
     assert f"{other} is not finished" in refused(capsys, "landscape", other, *out)
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_a_rule_may_have_an_optimiser_of_its_own(
     assert of[0]["csdp"] == ("adam", (0.04,), (0.0,))
     assert of[1]["csdp"] == of[2]["csdp"] == ("sgd", (0.02,), common[2])
     assert of[3]["csdp"] == ("adam", (0.04,), (0.1,))
-    assert capsys.readouterr().out.count("csdp trains with adam at 0.04; --optimizer and --lr set others") == 2
+    assert capsys.readouterr().out.count("csdp trains with adam at 0.04; --optimizer and --lr change this") == 2
 
 
 def test_a_comparison_says_its_rates(
@@ -97,4 +97,4 @@ def test_a_comparison_says_its_rates(
         with pytest.raises(ZeroDivisionError):
             main(["compare", "--rules", "ccl", "ep", *options, "--out", str(tmp_path)])
     assert [[recipe.lr for recipe in job.recipes] for job in jobs] == [[(0.2,), (0.02,)], [(0.02,)] * 2, [(0.02,)] * 2]
-    assert capsys.readouterr().out.count("ccl 0.2; --lr sets another; not tuned: ep 0.02") == 1
+    assert capsys.readouterr().out.count("ccl 0.2; --lr overrides them; not tuned: ep 0.02") == 1

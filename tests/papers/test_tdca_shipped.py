@@ -49,6 +49,6 @@ def test_verdicts_by_hand(tmp_path: Path) -> None:
 
 def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lacking = comparison(tmp_path / "a", "mlp-8", [0.9])
-    for folder, words in ((lacking, "fewer than two finished runs of tdca"), (str(tmp_path), "holds no comparison")):
+    for folder, words in ((lacking, "fewer than two finished runs of tdca"), (str(tmp_path), "contains no comparison")):
         assert main(["--comparisons", folder, "--out", str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What stands beside the library: recipes, training loops, run folders, comparisons, figures and reports."""
+"""Tools around the library: recipes, training loops, run folders, comparisons, figures and reports."""

@@ -1,4 +1,4 @@
-"""Runs side by side at one epoch, finished or not: for comparisons that time did not let run to their end.
+"""Compare runs at one epoch, finished or not: for comparisons that were stopped before their end.
 
     python -m apical.bench.at_epoch FOLDER... --epoch 62 --title "..." --about "..." --out results/name.json
 
@@ -26,7 +26,7 @@ from apical.errors import ApicalError, ConfigError, require_choice
 
 @dataclass(frozen=True)
 class Options:
-    """Runs side by side at one epoch."""
+    """Compare runs at one epoch."""
 
     folders: Positional[tuple[Path, ...]]
     """Comparisons' folders."""
@@ -37,15 +37,15 @@ class Options:
     rules: tuple[str, ...] = ()
     """Rules to show; all by default."""
     recipe: str = ""
-    """Study whose published numbers stand beside; the verdict says on which side of its tolerance the runs are."""
+    """Study whose published numbers are shown for comparison; the verdict says whether the runs are within tolerance."""
     title: str = "Runs at one epoch"
     """Heading of its page."""
     about: str = ""
-    """What a reader has to know."""
+    """Description for readers."""
 
 
 def row(rule: str, runs: Sequence[Run], epoch: int, published: Sequence[Published] = ()) -> dict[str, Any]:
-    """One rule at an epoch, in percent where there are classes, beside the test accuracy published for it.
+    """Return one rule's results at an epoch, in percent for classes, with the test accuracy published for it.
 
     Raises:
         ConfigError: no run of the rule reached the epoch.

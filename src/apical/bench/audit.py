@@ -1,7 +1,7 @@
-"""Audits: train a rule for a few epochs, measure what it needs (:mod:`apical.diagnostics.plausibility`), hold it to claims.
+"""Audits: train a rule for a few epochs, measure what it needs (:mod:`apical.diagnostics.plausibility`), check claims.
 
-Some rules compute what their papers' networks would do in a closed form that reads weights, because it is faster. They are
-audited in the form that does it as the network would (`Entry.physical`); tests show that the two agree.
+Some rules compute what their papers' networks do in a closed form that reads weights, because it is faster. They are audited
+in the form that works as the network would (`Entry.physical`); tests show that the two agree.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -28,14 +28,14 @@ BATCH = 16
 """Images on which a rule is examined; memory and time of simulated rules grow with them."""
 
 POSITIONS = 256
-"""Positions of sequences on which a rule is examined, of as many sequences as these make, but of two at least."""
+"""Sequence positions on which a rule is examined; this sets the number of sequences, which is at least two."""
 
 
 TESTED = 256
-"""Test sequences by which a rule's accuracy is told, at most."""
+"""Largest number of test sequences on which a rule's accuracy is measured."""
 
 FUSED = {"form": "fused"}
-"""The form of product feedback alignment that holds what the literal one holds, and is quicker for many tokens."""
+"""The form of product feedback alignment that stores the same as the literal one and is faster for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Audited:
     """One rule's row.
 
     Attributes:
-        form: options under which it was examined, if they are not its defaults.
+        form: options under which it was examined, if they differ from its defaults.
         accuracy: of test images, or tokens, after training.
         claims: what a paper claims, by criterion, and whether the verdict agrees.
-        placement: layers by what their error passes through, in a line.
+        placement: layers grouped by what their error passes through, as one line.
     """
 
     rule: str
@@ -58,15 +58,15 @@ class Audited:
     placement: str
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON keeps it."""
+        """Return the row as it is stored in JSON."""
         return asdict(self)
 
 
 def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: float) -> Audited:
-    """Train a rule, and examine it in float64.
+    """Train a rule and examine it in float64.
 
     Args:
-        dataset: what it is trained on.
+        dataset: the data on which it is trained.
         epochs: passes over the training images before it is examined.
         seed: of weights, feedback and data order.
         lr: learning rate of that training.
@@ -76,7 +76,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
     """
     entry = find_rule(rule)
     if dataset.is_regression:
-        raise ConfigError(f"an audit needs classes, and the targets of {dataset.name} are numbers")
+        raise ConfigError(f"an audit needs classes, but the targets of {dataset.name} are numbers; choose other --data")
     loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
     plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, lr=(lr,), probe=0, loss=loss)
     recipe, _ = resolve(plain, len(dataset.train), dataset.classes)
@@ -87,7 +87,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
         quick = FUSED if dataset.is_sequences and entry.physical.get("form") == "literal" else {}
         recipe = replace(recipe, rule_options=merged(recipe.rule_options, _options({**entry.physical, **quick})))
         trained = _made(recipe, dataset)
-    train(trained, recipe, dataset)  # in the fast form where it keeps the same weights: it learns the same
+    train(trained, recipe, dataset)  # in the fast form if that has the same weights: it learns the same
     examined.load_state_dict(trained.state_dict())
     answers = dataset.train.answers
     inputs, targets = probe_batch(dataset.train, BATCH if answers == 1 else min(max(POSITIONS // answers, 2), BATCH))
@@ -119,7 +119,7 @@ def _layout(rule: CreditRule) -> dict[str, torch.Size]:
 
 
 def _exactly(inputs: Tensor) -> Tensor:
-    """Inputs in float64; whole numbers, which a model embeds, as they are."""
+    """Return inputs in float64; integers, which a model embeds, unchanged."""
     return inputs.double() if inputs.is_floating_point() else inputs
 
 

@@ -1,4 +1,4 @@
-"""Parts of a study that are kept as they are finished, one JSON file each, so that nothing is computed twice or lost."""
+"""Parts of a study, each saved to a JSON file as soon as it is finished, so that nothing is computed twice or lost."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from apical.errors import ApicalError, CheckpointError
 
 
 def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returns, from the file if one of the same configuration is there; with `seconds`, what making took.
+    """Return what `make` returns, from the file if it has the same configuration; `seconds` is the time that `make` took.
 
     Args:
-        config: what decides it; tuples in it are lists in the file.
+        config: the settings that determine it; tuples in it are lists in the file.
 
     Raises:
         CheckpointError: the file is damaged, or of another configuration.
@@ -49,12 +49,12 @@ Made = TypeVar("Made")
 
 
 def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made], out: Path) -> Iterator[tuple[Part, Made]]:
-    """Each part with what `make` makes of it, as they are finished; every part has one torch thread.
+    """Yield each part with the result of `make`, in the order in which they finish; every part uses one torch thread.
 
     Args:
         jobs: processes, 0 for one per core; 1 stays in this process.
-        parts: are handed to other processes, as `make` is, so both can be pickled.
-        out: named where a process was killed; what `make` keeps there need not be made again.
+        parts: passed to other processes, as `make` is, so both must be picklable.
+        out: named in the error if a process was killed; parts that `make` saved there are not computed again.
 
     Raises:
         ApicalError: a process was killed.
@@ -76,7 +76,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool as error:
-            raise ApicalError(f"a training was killed; the same command goes on from what is in {out}") from error
+            raise ApicalError(f"a training was killed; the same command continues from what is in {out}") from error
         except BaseException:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -94,7 +94,7 @@ def _begin(environment: dict[str, str]) -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes begun within do not hear Ctrl-C, which would make each print a traceback; this one ends them."""
+    """Shield processes started within from Ctrl-C, which would make each print a traceback; this process ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

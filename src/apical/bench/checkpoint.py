@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, carry checksums of what they hold, and load without running code."""
+"""Checkpoints that are either complete or absent, carry checksums of their content, and load without running code."""
 
 import hashlib
 import io
@@ -39,12 +39,12 @@ REMEDY = "start again with --overwrite or in another folder"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a crash at any moment leaves the old file or the new one.
+    """Write `content` to `path` so that a crash at any moment leaves the old file or the new one.
 
-    A link at `path` is replaced; what it points to stays as it is.
+    A link at `path` is replaced; its target is unchanged.
 
     Raises:
-        OSError: it cannot be written; it names `path`, the old file is still there and nothing else is left behind.
+        OSError: it cannot be written; the error names `path`, the old file is still there and no other file is left behind.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -66,7 +66,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames within `folder` survive a power cut, where the system can."""
+    """Make renames within `folder` survive a power failure, if the system supports it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -115,26 +115,26 @@ def write_sealed(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, name: str) -> dict[str, Any]:
-    """The fields of such a file, on the CPU, each with the checksum it was written with.
+    """Return the fields of such a file, on the CPU, after comparing each with its checksum.
 
-    A file without checksums is from an earlier version: it is read, and a line on stderr says so; those that zip keeps of
-    its members are compared all the same.
+    A file without checksums is from an earlier version: it is read, and a line on stderr says so; the checksums that zip
+    stores for its members are still compared.
 
     Raises:
         CheckpointError: the file is damaged.
         OSError: it is not there or may not be read.
     """
-    file = open(path, "rb")  # noqa: SIM115 - closed below; torch answers some damage with an OSError, this does not
+    file = open(path, "rb")  # noqa: SIM115 - closed below; for some damage torch raises an OSError, which open does not
     try:
         with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about damage
+            warnings.simplefilter("ignore")  # torch's warnings about damage
             with zipfile.ZipFile(file) as archive:
                 if (member := archive.testzip()) is not None:
                     raise ValueError(f"{member} in it has another checksum")
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
-            raise ValueError("it holds no fields")
+            raise ValueError("it contains no fields")
         seal = state.pop(SEAL, None)
         if seal is None:
             print(f"apical: {name} is from an earlier version and has no checksums of its content", file=sys.stderr)
@@ -148,7 +148,7 @@ def read_sealed(path: Path, name: str) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of nested dictionaries, lists and tuples of tensors, numbers and texts: kind, shape and every bit."""
+    """Return the SHA-256 of nested dictionaries, lists and tuples of tensors, numbers and texts: type, shape, every bit."""
     seen = hashlib.sha256()
     _add(seen, value)
     return seen.hexdigest()
@@ -186,7 +186,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within, the global generators begin from a seed; afterwards they are where they were. On the CPU."""
+    """Seed the global generators within the block and restore them afterwards. CPU only."""
     cpu = torch.device("cpu")
     before = rng_state(cpu)
     seed_all(seed)
@@ -197,7 +197,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of the global generators: "cpu", "python", "numpy", and "cuda" when `device` is one."""
+    """Return the state of the global generators: "cpu", "python", "numpy", and "cuda" if `device` is one."""
     _, words, normal = random.getstate()
     numpy: Any = np.random.get_state(legacy=True)
     _, keys, *rest = numpy
@@ -212,9 +212,9 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Inverse of :func:`rng_state`; a CUDA state is ignored where there is no CUDA device.
+    """Invert :func:`rng_state`; a CUDA state is ignored if there is no CUDA device.
 
-    Checkpoints of earlier versions have no states of Python's and NumPy's generators, which stay.
+    Checkpoints of earlier versions lack the states of Python's and NumPy's generators, which are then left unchanged.
     """
     torch.set_rng_state(state["cpu"])
     if "python" in state:

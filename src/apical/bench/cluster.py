@@ -1,4 +1,4 @@
-"""Trainings as tasks of a Ray cluster that sees their folders; what is lost with a worker or its machine starts again."""
+"""Trainings as tasks of a Ray cluster that sees their folders; tasks lost with a worker or its machine are restarted."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from apical.errors import ApicalError
 from apical.evolution.workers import RETRIES, connected, lost
 
 Run = Callable[[Callable[..., None], Sequence[tuple[Any, ...]], StopSignals, Callable[[], None]], None]
-"""Calls a function, importable by name, with each of the arguments in a task of its own; calls the last one now and then."""
+"""Calls a function, importable by name, with each of the arguments in a separate task; calls the last one periodically."""
 
 
 @contextmanager
 def cluster(address: str, jobs: int | None) -> Iterator[Run]:
-    """Connect to a cluster, or start one here that is shut down afterwards.
+    """Connect to a cluster, or start a local one that is shut down afterwards.
 
-    A task that is stopped by a signal is killed: its run goes on from its last checkpoint. One whose worker is lost starts
-    again, at most :data:`RETRIES` times.
+    A task stopped by a signal is killed: its run continues from its last checkpoint. A task whose worker is lost is
+    restarted, at most :data:`RETRIES` times.
 
     Args:
         address: of the cluster, or "local".

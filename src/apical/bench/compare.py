@@ -1,4 +1,4 @@
-"""The main job: several rules, several seeds, side by side; rules interleaved epoch by epoch so that times compare."""
+"""Comparisons of several rules with several seeds; rules are interleaved epoch by epoch so that times are comparable."""
 
 import os
 import statistics
@@ -26,7 +26,7 @@ from apical.errors import DivergenceError
 
 Refresh = Callable[[], None]
 RUNS = ("runs", "runs/*", "runs/*/seed-*")
-"""Where the folders of a comparison's runs are, outermost first."""
+"""Names of the folders that lead to a comparison's runs, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Job:
         out: the comparison's folder.
         make_rule: builds a rule; importable by name.
         command: the command line, recorded.
-        jobs: processes side by side; 0 means one per seed, at most one per core.
-        notes: per rule, what was chosen for the user.
+        jobs: parallel processes; 0 means one per seed, at most one per core.
+        notes: per rule, settings chosen automatically.
         about: further entries of compare.json, such as published numbers.
         events: also write TensorBoard events into the run folders.
         ray: address of a Ray cluster that trains the seeds, or "local"; None trains them here.
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def workers(self) -> int:
-        """Processes side by side."""
+        """Number of parallel processes."""
         return min(self.jobs or cores(), len(self.seeds))
 
     def folder(self, rule: str, seed: int) -> RunFolder:
@@ -74,21 +74,21 @@ class Job:
         return RunFolder(self.out / "runs" / rule / f"seed-{seed}", events=self.events)
 
     def recipe(self, index: int, seed: int) -> Recipe:
-        """Recipe of one run, with its share of the cores."""
+        """Return the recipe of one run, with its share of the cores."""
         recipe = self.recipes[index]
         return replace(recipe, seed=seed, threads=recipe.threads or max(1, cores() // self.workers))
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check(job: Job) -> None:
-    """Refuse a comparison that could not be written. Writes nothing.
+    """Refuse a comparison whose results could not be written. Writes nothing.
 
     Raises:
-        ConfigError: the folder is used or not writable.
+        ConfigError: the folder is not empty or not writable.
         CheckpointError: a run to be resumed has other options.
     """
     check_writable(job.out, "compare.json")
@@ -103,14 +103,14 @@ def check(job: Job) -> None:
 
 
 def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
-    """Train everything, then write summary.json; returns its rows.
+    """Train everything, then write summary.json; return its rows.
 
     Args:
-        job: what to train; :func:`check` has passed, and passes again once the folder is held.
-        refresh: called now and then, to show progress.
+        job: what to train; :func:`check` has passed, and is repeated once the folder is locked.
+        refresh: called periodically, to show progress.
 
     Raises:
-        ConfigError: another process compares in the folder, or has done so since it was checked.
+        ConfigError: another process is running a comparison in the folder, or has done so since the check.
         Interrupted: a signal came; every run is saved.
         ApicalError: a worker failed.
         OSError: disk full or no permission.
@@ -123,7 +123,7 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
 
 def _run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
     if job.ray:
-        there = replace(job, out=job.out.resolve(), resume=True, overwrite=False)  # a task begun again goes on
+        there = replace(job, out=job.out.resolve(), resume=True, overwrite=False)  # a restarted task continues
         with cluster(job.ray, job.jobs or None) as tasks:
             tasks(_train_task, [(there, seed) for seed in job.seeds], stop, refresh)
     elif job.workers == 1:
@@ -139,7 +139,7 @@ def _run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
 
 
 def prepare(job: Job) -> None:
-    """Make the folder and compare.json; with `overwrite`, first remove an older comparison's files and nothing else."""
+    """Create the folder and compare.json; with `overwrite`, first remove an older comparison's files and nothing else."""
     if job.overwrite:
         for folder in sorted(job.out.glob(RUNS[-1])):
             held = RunFolder(folder)
@@ -172,7 +172,7 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
                 try:
                     training.train_epoch()
                 except DivergenceError:
-                    open_runs.remove(training)  # its result.json says so; the others go on
+                    open_runs.remove(training)  # its result.json says so; the others continue
                 refresh()
         for training in open_runs:
             result = training.result()
@@ -182,7 +182,7 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
 
 
 def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh, held: ExitStack) -> list[Training]:
-    """The seed's unfinished runs, started or resumed; their folders are held until `held` closes, however that comes."""
+    """Return the seed's unfinished runs, started or resumed; their folders stay locked until `held` closes."""
     runs: list[Training] = []
     dataset: Dataset | None = None
     for index, rule in enumerate(job.rules):
@@ -207,7 +207,7 @@ def _open_runs(job: Job, seed: int, stop: StopSignals, refresh: Refresh, held: E
 
 
 def ratio_to_bp(folder: RunFolder, bp: RunFolder) -> float | None:
-    """Median over epochs of the rule's time per step over backprop's in the same epoch; None without backprop."""
+    """Return the median over epochs of the rule's time per step over backprop's in the same epoch; None without backprop."""
     mine, theirs = _times(folder), _times(bp)
     ratios = [mine[epoch] / theirs[epoch] for epoch in mine.keys() & theirs.keys()]
     return statistics.median(ratios) if ratios else None
@@ -218,7 +218,7 @@ def _times(folder: RunFolder) -> dict[int, float]:
 
 
 def summarise(job: Job) -> list[dict[str, Any]]:
-    """One row per rule and seed, from the runs' result.json."""
+    """Return one row per rule and seed, from the runs' result.json."""
     rows = []
     for rule in job.rules:
         for seed in job.seeds:
@@ -236,7 +236,7 @@ def summarise(job: Job) -> list[dict[str, Any]]:
 
 @contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """Within, torch computes with at most `number` threads."""
+    """Limit torch to `number` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(number, before) if "OMP_NUM_THREADS" in os.environ else number)
     try:
@@ -246,7 +246,7 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def _train_task(job: Job, seed: int) -> None:
-    """The same on a cluster, where nobody sends signals."""
+    """Train one seed on a cluster, where no signals are sent."""
     _train_worker(job, seed, StopSignals())
 
 

@@ -1,4 +1,4 @@
-"""Compiled training steps: what they take, and a rule made ready for them."""
+"""Compiled training steps: their requirements, and a rule prepared for them."""
 
 import logging
 import os
@@ -17,35 +17,35 @@ from apical.diagnostics.alignment import unchanged
 from apical.errors import ConfigError
 
 COMPILE: dict[str, Any] = {"options": {"fallback_random": True}}
-"""How steps are compiled: random numbers are those of the step that is not compiled."""
+"""Options of the compiler: random numbers are the same as in an uncompiled step."""
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch.compile would find no compiler.
+    """Refuse to compile if torch.compile would find no compiler.
 
     Raises:
         ConfigError: says what is missing.
     """
     if not COMPILES:
         raise ConfigError(
-            f"--compile needs PyTorch 2.13 or newer, and this is {torch.__version__}: update it, or leave --compile out"
+            f"--compile needs PyTorch 2.13 or newer, but this is {torch.__version__}: update it, or drop --compile"
         )
     wanted = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(wanted) is None:
         raise ConfigError(
-            f"--compile needs a C++ compiler, and there is no {wanted}; install it, name another in the environment "
-            "variable CXX, or leave --compile out"
+            f"--compile needs a C++ compiler, but {wanted} was not found; install it, name another in the environment "
+            "variable CXX, or drop --compile"
         )
 
 
 class CompiledStep(nn.Module):
     """A rule with a compiled step.
 
-    Each has code of its own, because PyTorch limits how often it compiles one piece of code, whoever the rule.
+    Each instance has separate code, because PyTorch limits how often it compiles one piece of code, for any rule.
 
     Args:
-        rule: the rule, which is unchanged.
-        inputs, targets: a batch, which shows it what model and loss do before it is compiled.
+        rule: the rule, which is not modified.
+        inputs, targets: a batch, on which the rule records what model and loss do before it is compiled.
     """
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor) -> None:
@@ -59,10 +59,10 @@ class CompiledStep(nn.Module):
             return credit
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
-        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # of parts that run uncompiled, at length
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # silences long warnings about uncompiled parts
         step.__code__ = step.__code__.replace()
         self.step: Callable[[Tensor, Tensor], Credit] = torch.compile(step, **COMPILE)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """The rule's credit for a batch."""
+        """Return the rule's credit for a batch."""
         return self.step(inputs, targets)

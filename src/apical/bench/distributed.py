@@ -17,7 +17,7 @@ from apical.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of one training.
+    """This process's rank among the processes of one training.
 
     Attributes:
         rank: 0 .. size - 1; only rank 0 writes files.
@@ -34,13 +34,13 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over all processes, in place; with one process nothing happens."""
+        """Sum `values` over all processes, in place; does nothing with one process."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
-        """The largest `value` of all processes."""
+        """Return the largest `value` over all processes."""
         if self.size == 1:
             return value
         shared = torch.tensor(value, device=self.device)
@@ -48,26 +48,26 @@ class World:
         return int(shared.item())
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes reach this point."""
         if self.size > 1:
             dist.barrier()
 
     def own_slice(self, batch: Tensor) -> Tensor:
-        """This process's equal share of a global batch (n, ...)."""
+        """Return this process's equal share of a global batch (n, ...)."""
         share = batch.shape[0] // self.size
         return batch[self.rank * share : (self.rank + 1) * share] if self.size > 1 else batch
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one of several that torchrun started."""
+    """Return whether this process is one of several started by torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def pick_device(name: str) -> torch.device:
-    """The device "auto", "cpu" or "cuda" means here.
+    """Return the device that "auto", "cpu" or "cuda" means on this machine.
 
     Raises:
-        ConfigError: a CUDA device is asked for and there is none.
+        ConfigError: a CUDA device is requested but there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
@@ -78,7 +78,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def joined(device: str, batch_size: int, *, drop_last: bool = True) -> Iterator[World]:
-    """Join the process group that torchrun describes, and leave it at the end; alone without torchrun.
+    """Join the process group described by torchrun, and leave it at the end; without torchrun, run alone.
 
     Raises:
         ConfigError: the batch cannot be shared equally.
@@ -89,7 +89,7 @@ def joined(device: str, batch_size: int, *, drop_last: bool = True) -> Iterator[
         return
     size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     if batch_size % size:
-        raise ConfigError(f"--batch-size {batch_size} does not divide among {size} processes")
+        raise ConfigError(f"--batch-size {batch_size} is not divisible by the number of processes, {size}; change one")
     if not drop_last:
         raise ConfigError("--drop-last False does not work with several processes: the last batch has no equal shares")
     if place.type == "cuda":
@@ -98,19 +98,19 @@ def joined(device: str, batch_size: int, *, drop_last: bool = True) -> Iterator[
     yield World(rank, size, place)
     if place.type == "cuda":
         dist.destroy_process_group()
-    # a gloo group is not destroyed: its destructor can wait for ever, holding the interpreter lock, for a thread that
-    # needs that lock (torch 2.13); the command line ends the process without destructors (:func:`leave`)
+    # a gloo group is not destroyed: its destructor can deadlock, holding the interpreter lock while it waits for a thread
+    # that needs that lock (torch 2.13); the command line ends the process without destructors (:func:`leave`)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once, after its output: under torchrun, see :func:`joined`."""
+    """End this process immediately, after flushing its output: under torchrun, see :func:`joined`."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
 def place(dataset: Dataset, device: torch.device) -> Dataset:
-    """The data set with all its tensors on `device`."""
+    """Return the data set with all its tensors on `device`."""
 
     def moved(split: Split) -> Split:
         return replace(split, inputs=split.inputs.to(device), targets=split.targets.to(device))

@@ -9,7 +9,7 @@ from typing import Any
 from apical.bench.figures.curves import Drawing
 
 MISSING = "\u2013"
-"""A dash, where there is no value."""
+"""The dash shown for a missing value."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -74,10 +74,10 @@ summary { cursor: pointer; margin: 1rem 0 .5rem; }
 
 
 def document(title: str, lead: str, body: str, *, full: bool = False) -> str:
-    """The page as text.
+    """Return the page as text.
 
     Args:
-        lead: the first paragraph, is escaped.
+        lead: the first paragraph; it is escaped.
         full: figures are as wide as the page.
     """
     return f"""<!doctype html>
@@ -98,7 +98,7 @@ def document(title: str, lead: str, body: str, *, full: bool = False) -> str:
 
 
 def reproduce(command: str, settings: Sequence[tuple[str, str]], environment: Sequence[tuple[str, str]]) -> str:
-    """The section with the command that made a page, its settings, versions and machine."""
+    """Return the section with the command that made a page, its settings, versions and machine."""
     return f"""<h2>Reproduce this</h2>
 {command_block(command)}
 <div class="pair">
@@ -108,7 +108,7 @@ def reproduce(command: str, settings: Sequence[tuple[str, str]], environment: Se
 
 
 def figure_block(drawing: Drawing) -> str:
-    """A figure with its title and caption, embedded."""
+    """Return a figure with its title and caption, embedded."""
     data = base64.b64encode(drawing.svg).decode("ascii")
     source = f'<img alt="{escape(drawing.title)}" src="data:image/svg+xml;base64,{data}">'
     return (
@@ -118,12 +118,12 @@ def figure_block(drawing: Drawing) -> str:
 
 
 def command_block(command: str) -> str:
-    """The command that made a page."""
+    """Return the command that made a page."""
     return f"<pre><code>{escape(command)}</code></pre>" if command else "<p>The command was not recorded.</p>"
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> str:
-    """A table of names and values, escaped."""
+    """Return a table of names and values, escaped."""
     if not rows:
         return "<p>Not recorded.</p>"
     body = "".join(f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(value)}</td></tr>" for key, value in rows)
@@ -131,7 +131,7 @@ def facts(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") -> str:
-    """An HTML table; wide ones scroll unless they are of a kind of their own; every cell is escaped."""
+    """Return an HTML table; wide ones scroll unless a class is given; every cell is escaped."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     text = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -139,7 +139,7 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[str]], kind: str = "") 
 
 
 def pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as :func:`facts` takes them."""
+    """Return names and values in the form that :func:`facts` takes."""
     return [(key, _plain(value)) for key, value in values.items() if value is not None]
 
 
@@ -152,7 +152,7 @@ def _plain(value: Any) -> str:
 
 
 def significant(value: float) -> str:
-    """Three significant digits without an exponent where that stays short; a dash for NaN.
+    """Format with three significant digits, without an exponent if that stays short; a dash for NaN.
 
     >>> significant(52.471), significant(1234.5), significant(0.01234)
     ('52.5', '1,234', '0.0123')

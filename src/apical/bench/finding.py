@@ -1,4 +1,4 @@
-"""Findings: verdicts on our own marks, from means and paired differences over seeds, as rows of a study's table."""
+"""Findings: verdicts on our pass marks, from means and paired differences over seeds, as rows of a study's table."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -22,13 +22,13 @@ def difference(
     less: bool,
     margin: float = 0.0,
 ) -> Row:
-    """A verdict on ours minus theirs, pair by pair: reproduced if its 95 % interval lies on the better side of 0.
+    """Judge ours minus theirs, pair by pair: reproduced if its 95 % interval lies on the better side of 0.
 
     Args:
-        figure: part of the specification that it belongs to.
-        rule, what: which rule, and what is compared.
-        ours, theirs: one value per meta-seed; theirs may be one number for all.
-        margin: is added to theirs.
+        figure: part of the specification to which it belongs.
+        rule, what: the rule, and the quantity compared.
+        ours, theirs: one value per meta-seed; theirs may be a single number.
+        margin: added to theirs.
     """
     others = [theirs] * len(ours) if isinstance(theirs, int | float) else theirs
     differences = [a - (b + margin) for a, b in zip(ours, others, strict=True)]
@@ -41,13 +41,13 @@ def difference(
 
 
 def count(figure: str, rule: str, what: str, holds: Sequence[bool], least: int) -> Row:
-    """A verdict on how many of several comparisons hold."""
+    """Judge how many of several comparisons hold."""
     measured = {"mean": float(sum(holds)), "std": None, "n": len(holds)}
     return _row(figure, rule, what, f"≥ {least} of {len(holds)}", measured, sum(holds) >= least)
 
 
 def at_least(figure: str, rule: str, what: str, values: Sequence[float], mark: float, each: float | None = None) -> Row:
-    """A verdict on the mean, and on the worst of the seeds, for marks that were set on these; with the mean's interval."""
+    """Judge the mean and, if a mark is given for it, the worst seed; with the interval of the mean."""
     interval, holds = student(values), each is None or min(values) >= each
     what = what if each is None else f"{what}; the worst seed: {min(values):.3g}"
     text = f"mean ≥ {mark:g}" if each is None else f"mean ≥ {mark:g}, each ≥ {each:g}"
@@ -55,7 +55,7 @@ def at_least(figure: str, rule: str, what: str, values: Sequence[float], mark: f
 
 
 def at_most(figure: str, rule: str, what: str, values: Sequence[float], mark: float) -> Row:
-    """A verdict on the mean, with its interval."""
+    """Judge the mean, with its interval."""
     interval = student(values)
     return _row(figure, rule, what, f"mean ≤ {mark:g}", _measured(interval), interval.mean <= mark)
 
@@ -80,7 +80,7 @@ def series(cells: Sequence[Mapping[str, Any]], *path: Any) -> list[Any]:
 
 
 def by_name(cells: Sequence[Mapping[str, Any]], part: str) -> dict[str, list[Any]]:
-    """What a part of the cells holds: name -> one value per meta-seed.
+    """Return one part of the cells: name -> one value per meta-seed.
 
     >>> by_name([{"arms": {"bp": 1, "fa": 2}}, {"arms": {"bp": 3, "fa": 4}}], "arms")
     {'bp': [1, 3], 'fa': [2, 4]}
@@ -97,11 +97,11 @@ def table(title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[
 def mean_table(
     title: str, note: str, first: str, runs: Mapping[str, Sequence[Mapping[str, float]]], measures: Mapping[str, str]
 ) -> Row:
-    """A table of means over meta-seeds with 95 % intervals: a row for each name, a column for each measure.
+    """Return a table of means over meta-seeds with 95 % intervals: a row for each name, a column for each measure.
 
     Args:
-        first: heading of the names.
-        runs: what was measured under each name, once per meta-seed.
+        first: heading of the column of names.
+        runs: measurements under each name, one per meta-seed.
         measures: key of a measure -> heading of its column.
     """
     rows = ([name, *(series(of_name, key) for key in measures)] for name, of_name in runs.items())
@@ -109,12 +109,12 @@ def mean_table(
 
 
 def interval(row: Row) -> str:
-    """The mean of a verdict on differences with its interval, as text."""
+    """Format the mean of a verdict on differences with its interval."""
     return f"{_digits(row['mean'])} [{_digits(row['low'])}, {_digits(row['high'])}]"
 
 
 def shown(values: Sequence[float]) -> str:
-    """Mean and 95 % interval over meta-seeds.
+    """Format mean and 95 % interval over meta-seeds.
 
     >>> shown([1.0, 2.0, 3.0])
     '2 [-0.484, 4.48]'
@@ -124,5 +124,5 @@ def shown(values: Sequence[float]) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, or all of a whole number's that has four or five."""
+    """Format with three significant digits, or all digits of a whole number with four or five."""
     return f"{value:.0f}" if 999.5 <= abs(value) < 99_999.5 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Checks of commands before they write: numbers of options, and folders; and removing what is in one and nothing else."""
+"""Checks before a command writes, on option values and folders; and removal of a folder's content and nothing else."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 from apical.errors import CheckpointError, ConfigError
 
 LOCK = ".lock"
-"""File by which a process holds a folder."""
+"""Lock file of a process that writes to a folder."""
 MARKS = {
     "compare.json": "a comparison",
     "plan.json": "a sweep",
@@ -18,11 +18,11 @@ MARKS = {
     "measure.json": "measures",
     "landscape.json": "a landscape",
 }
-"""The file by which one sees what a folder holds."""
+"""The file that identifies the content of a folder."""
 
 
 def check_least(options: Any, **least: int) -> None:
-    """Raise ConfigError for every option whose number is too small; None is none."""
+    """Raise ConfigError for every option whose number is too small; None is not checked."""
     values = {name: getattr(options, name) for name in least}
     low = [name for name, value in values.items() if value is not None and value < least[name]]
     if low:
@@ -31,16 +31,16 @@ def check_least(options: Any, **least: int) -> None:
 
 
 def refuse_both(options: Any) -> None:
-    """Raise ConfigError where a command is to go on and to start again."""
+    """Raise ConfigError if a command is asked both to continue and to start again."""
     if getattr(options, "resume", False) and getattr(options, "overwrite", False):
-        raise ConfigError("--resume continues what is there and --overwrite replaces it: give one of them")
+        raise ConfigError("--resume continues what is in the folder and --overwrite replaces it: give only one of them")
 
 
 def check_writable(path: Path, mark: str = "") -> None:
-    """Raise ConfigError unless `path` is a writable folder or can be made, and another command has not filled it.
+    """Raise ConfigError unless `path` is a writable folder or can be created, and no other command has filled it.
 
     Args:
-        mark: of :data:`MARKS`, the command's own; without one, it may lie with others.
+        mark: the command's own mark, from :data:`MARKS`; without one, its files may share a folder with others.
     """
     existing = path.absolute()
     while not existing.exists() and existing.parent != existing:
@@ -50,16 +50,16 @@ def check_writable(path: Path, mark: str = "") -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {path}: no permission to write in {existing}")
     if other := next((name for name in MARKS if mark and name != mark and (path / name).is_file()), ""):
-        raise ConfigError(f"--out {path} holds {MARKS[other]}, which nothing else may be mixed with; choose another --out")
+        raise ConfigError(f"--out {path} contains {MARKS[other]}, which must not be mixed with others; choose another --out")
 
 
 def is_used(path: Path) -> bool:
-    """Whether the folder is there and holds anything but a lock."""
+    """Return whether the folder exists and contains anything but a lock."""
     return path.is_dir() and any(file.name != LOCK for file in path.iterdir())
 
 
 def refuse_used(path: Path, remedy: str = "add --resume to continue it, --overwrite to start again") -> None:
-    """Raise ConfigError if the folder holds anything but a lock."""
+    """Raise ConfigError if the folder contains anything but a lock."""
     if is_used(path):
         raise ConfigError(f"--out {path} is not empty; {remedy}")
 
@@ -74,16 +74,16 @@ def refuse_unlike(path: Path, unlike: Sequence[str]) -> None:
 
 
 def refuse_links(path: Path, out: Path) -> None:
-    """Raise ConfigError if `path` within the folder `out` leads out of it, through a link: nothing out there is removed."""
+    """Raise ConfigError if `path` in the folder `out` leads outside through a link: nothing outside is removed."""
     if not path.resolve().is_relative_to(out.resolve()):
         raise ConfigError(
-            f"--overwrite removes nothing outside {out}, and {path} is a link to {path.resolve()}; "
+            f"--overwrite removes nothing outside {out}, but {path} is a link to {path.resolve()}; "
             "remove the link or choose another --out"
         )
 
 
 def remove_tree(path: Path, out: Path) -> None:
-    """Remove the folder `path` within `out` and all that is in it, if it is there; links in it go, what they lead to stays.
+    """Remove the folder `path` in `out` with its content, if it exists; links in it are removed, their targets are kept.
 
     Raises:
         ConfigError: `path` leads out of the folder.

@@ -1,4 +1,4 @@
-"""Trajectories of finished runs on one loss surface: reading the runs, and measuring what landscape.json keeps."""
+"""Trajectories of finished runs on one loss surface: reading the runs, and computing the content of landscape.json."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ from apical.errors import CheckpointError, ConfigError
 
 PlaneName = Literal["pca", "random"]
 ALIKE = ("data", "model", "loss", "train_limit", "validation")
-"""Fields of the recipe that decide the surface."""
+"""Fields of the recipe that determine the surface."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class Run:
     """One finished run with its trajectory.
 
     Attributes:
-        label: the rule's short name, with the folder's where several runs have the same rule and seed.
-        folder: where it is kept.
-        trajectory: where it went.
+        label: the rule's short name, with the folder's name if several runs have the same rule and seed.
+        folder: the run's folder.
+        trajectory: its snapshots.
     """
 
     label: str
@@ -50,10 +50,10 @@ class Run:
 
 
 def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
-    """The runs of run folders and comparisons' folders, and the folders of those left out because they diverged.
+    """Return the runs of run folders and comparisons' folders, and the folders of those left out because they diverged.
 
     Raises:
-        ConfigError: a folder holds no run, one that is not finished or has no trajectory, or the runs do not go together.
+        ConfigError: a folder contains no run, or an unfinished one or one without a trajectory, or the runs do not match.
         CheckpointError: a file is damaged.
     """
     entries: list[tuple[Path, Path, Recipe]] = []
@@ -81,7 +81,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             first, other = getattr(entries[0][2], field), getattr(recipe, field)
             if first != other:
                 where = f"{entries[0][1]} has {first}"
-                raise ConfigError(f"{path} has another surface: {field} {other}, {where}; draw them apart")
+                raise ConfigError(f"{path} has another loss surface: {field} {other}, but {where}; plot them separately")
     cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in entries]
     repeated = {rule for rule, seed in cells if cells.count((rule, seed)) > 1}
     runs = []
@@ -93,7 +93,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
 
 
 def run_folders(source: Path) -> list[Path]:
-    """The folders of the runs of a run's or a comparison's folder, by rule and seed.
+    """Return the folders of the runs in a run's or a comparison's folder, by rule and seed.
 
     Raises:
         ConfigError: it is neither.
@@ -104,11 +104,11 @@ def run_folders(source: Path) -> list[Path]:
         plan = read_json(source / "compare.json")
         cells = itertools.product(plan.get("rules", ()), plan.get("seeds", ()))
         return [source / "runs" / str(rule) / f"seed-{seed}" for rule, seed in cells]
-    raise ConfigError(f"{source} is no folder of a run or a comparison")
+    raise ConfigError(f"{source} is not the folder of a run or a comparison")
 
 
 def check_weights(runs: Iterable[Run], model: nn.Module) -> None:
-    """Refuse trajectories that are not of `model`.
+    """Refuse trajectories of another model than `model`.
 
     Raises:
         CheckpointError: names or shapes of the parameters differ.
@@ -116,11 +116,11 @@ def check_weights(runs: Iterable[Run], model: nn.Module) -> None:
     own = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     for run in runs:
         if list(zip(run.trajectory.names, run.trajectory.shapes, strict=True)) != own:
-            raise CheckpointError(f"{run.folder}: its trajectory has other weights than {run.recipe.model}")
+            raise CheckpointError(f"{run.folder}: its trajectory does not match the weights of {run.recipe.model}")
 
 
 def plane_of(runs: Sequence[Run], name: PlaneName, model: nn.Module) -> Plane:
-    """The principal plane of all snapshots, or a random one through the end of the first run, to which `model` is set.
+    """Return the principal plane of all snapshots, or a random one through the end of the first run; sets `model` to it.
 
     Raises:
         ConfigError: the snapshots span no plane.
@@ -137,14 +137,14 @@ def plane_of(runs: Sequence[Run], name: PlaneName, model: nn.Module) -> Plane:
 def measure(
     runs: Sequence[Run], losses: Losses, plane: Plane, *, grid: int, span: float, chunk: int, whole: bool
 ) -> dict[str, Any]:
-    """The surface, the runs on it, and what does not depend on the plane; all as JSON has it, None for what is not finite.
+    """Return the surface, the runs on it and the numbers independent of the plane, ready for JSON; None if not finite.
 
     Args:
         losses: the loss as a function of the weights.
-        plane: where to show it.
-        span: half the side over the farthest coordinate of a snapshot from the middle of all if `whole`; otherwise over the
-            plane's axes.
-        whole: show all snapshots, or what is around the plane's origin.
+        plane: the plane on which to show it.
+        span: half the side, relative to the largest distance of a snapshot's coordinate from the middle of all if `whole`;
+            otherwise relative to the plane's axes.
+        whole: show all snapshots, instead of the surroundings of the plane's origin.
     """
     places = [plane.coordinates(run.trajectory.weights) for run in runs]
     low, high = torch.cat(places).amin(0), torch.cat(places).amax(0)
@@ -164,13 +164,13 @@ def measure(
 
 
 def evaluations(runs: Sequence[Run], grid: int) -> int:
-    """How many losses :func:`measure` computes."""
+    """Return the number of losses that :func:`measure` computes."""
     pairs = sum(run.recipe.seed == other.recipe.seed for run, other in itertools.combinations(runs, 2))
     return grid**2 + (pairs + len(runs)) * grid + sum(len(run.trajectory.steps) for run in runs)
 
 
 def watched(losses: Losses, advance: Callable[[int], None]) -> Losses:
-    """`losses` that tells `advance` how many it computed."""
+    """Wrap `losses` to report to `advance` how many it computed."""
 
     def told(points: Tensor) -> Tensor:
         values = losses(points)
@@ -200,7 +200,7 @@ def _row(run: Run, place: Tensor, losses: Losses, plane: Plane, chunk: int) -> d
 
 
 def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> Iterable[dict[str, Any]]:
-    """Between the start and the end of each run, and between the ends of each two runs with the same seed."""
+    """Yield the lines between start and end of each run, and between the ends of each two runs with the same seed."""
     pairs = itertools.combinations(runs, 2)
     lines = [(run, "start", run) for run in runs]
     lines += [(run, "end", other) for run, other in pairs if run.recipe.seed == other.recipe.seed]
@@ -219,7 +219,7 @@ def _barriers(runs: Sequence[Run], losses: Losses, steps: int, chunk: int) -> It
 
 
 def _same_start(runs: Sequence[Run]) -> dict[str, bool]:
-    """For each seed with several runs, whether all of them start from the same weights."""
+    """Return for each seed with several runs whether all of them start from the same weights."""
     seeds: dict[int, list[Tensor]] = {}
     for run in runs:
         seeds.setdefault(run.recipe.seed, []).append(run.trajectory.weights[0])
@@ -228,7 +228,7 @@ def _same_start(runs: Sequence[Run]) -> dict[str, bool]:
 
 
 def _finite(values: Tensor) -> Any:
-    """Nested lists of the values, None for what is not finite."""
+    """Return nested lists of the values, None for values that are not finite."""
     if values.dim() > 1:
         return [_finite(row) for row in values]
     return [value if math.isfinite(value) else None for value in values.tolist()]

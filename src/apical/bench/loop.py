@@ -1,4 +1,4 @@
-"""The training loop: one rule, one recipe, one run folder; resumable bit for bit at every step."""
+"""The training loop for one rule, one recipe and one run folder; resumable bit for bit at every step."""
 
 import math
 import statistics
@@ -55,18 +55,18 @@ MakeRule = Callable[[Recipe, nn.Module, tuple[int, ...]], CreditRule]
 _LAST = ("test_accuracy", "test_loss", "validation_accuracy", "validation_loss", "train_loss", "multiply_adds")
 _TIMES = ("ms_per_step", "feedback_ms_per_step")
 CHECK_EVERY = 20
-"""Steps between looks at loss and signals where a look is costly: on a GPU, or with several processes."""
+"""Steps between checks of loss and signals where a check is expensive: on a GPU, or with several processes."""
 
 
 class Training:
-    """One training from its recipe. It does nothing on disk before :meth:`start`.
+    """One training, defined by its recipe. It does not touch the disk before :meth:`start`.
 
     Args:
         recipe: what to train, with the rule's defaults filled in.
-        dataset: its data; moved to the device if it is not there.
+        dataset: its data; moved to the device if necessary.
         make_rule: builds the rule; called right after the model is drawn from the recipe's seed.
-        folder: where the run is kept.
-        world: this process's place under torchrun.
+        folder: the run's folder.
+        world: this process's rank under torchrun.
         stop: signals to obey between steps; None obeys none.
 
     Attributes:
@@ -77,7 +77,7 @@ class Training:
         line: metrics of the last finished epoch.
 
     Raises:
-        ConfigError: loss and data, or feedback passes and rule, do not go together.
+        ConfigError: loss and data, or feedback passes and rule, do not match.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Training:
         self.line: dict[str, Any] = {}
         self.peak_memory_mb: float | None = None
         self.augment = Augment(flip=recipe.flip, crop=recipe.crop) if recipe.flip or recipe.crop else None
-        self._rng: dict[str, Any] | None = None  # while another run has the global generators
+        self._rng: dict[str, Any] | None = None  # saved while another run uses the global generators
         with self._own_randomness():
             checkpoint.seed_all(recipe.seed)
             model = build_model(recipe, dataset)
@@ -118,12 +118,12 @@ class Training:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the epoch in progress."""
+        """Learning rate of the current epoch."""
         return scheduled(self.recipe, self.epoch)[0]
 
     @property
     def passes(self) -> list[Pass]:
-        """The passes of the epoch in progress."""
+        """The passes of the current epoch."""
         return passes(self.recipe, self.epoch + 1, self.steps_per_epoch)
 
     @property
@@ -137,7 +137,7 @@ class Training:
         return total_steps(self.recipe, self.recipe.epochs, self.steps_per_epoch)
 
     def start(self, *, resume: bool, command: str, notes: list[str], environment: Mapping[str, Any] | None = None) -> None:
-        """Continue from the folder's checkpoint, or make the folder and measure epoch 0.
+        """Continue from the folder's checkpoint, or create the folder and measure epoch 0.
 
         Args:
             environment: what is kept of machine and versions; None looks.
@@ -168,14 +168,14 @@ class Training:
             self._finish_epoch(trained=False)
 
     def train_epoch(self, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Train to the end of the epoch in progress, measure, save; returns the epoch's metrics line.
+        """Train to the end of the current epoch, measure, save; return the epoch's metrics line.
 
         Raises:
             Interrupted: a signal came; the step is finished and saved.
             DivergenceError: NaN or infinity; result.json says so and the last checkpoint stays.
         """
         if self.recipe.has_feedback_passes and self.world.size > 1:
-            # DDP would take what measurements touched since for used in the next step
+            # DDP would otherwise treat parameters used by measurements as used in the next step
             self.module = self._shared()
         with self._own_randomness(), peak_memory(self.device, self.rule, self.optimizer) as peak:
             self.rule.train()
@@ -197,7 +197,7 @@ class Training:
         return self.line
 
     def result(self, status: str = "finished", message: str | None = None) -> dict[str, Any]:
-        """What result.json says; `ratio_to_bp` is filled in by a comparison."""
+        """Return the content of result.json; `ratio_to_bp` is filled in by a comparison."""
         lines = self.folder.read_metrics()
         times = {key: [line[key] for line in lines if line.get(key) is not None] for key in _TIMES}
         result = {
@@ -221,7 +221,7 @@ class Training:
         return result if message is None else {**result, "message": message}
 
     def _shared(self) -> nn.Module:
-        """The rule, compiled if the recipe says so, with gradients averaged over the processes."""
+        """Return the rule, compiled if the recipe says so, with gradients averaged over the processes."""
         rule = self._compiled() if self.recipe.compile else self.rule
         if self.world.size == 1:
             return rule
@@ -235,7 +235,7 @@ class Training:
             return CompiledStep(self.rule, inputs, targets)
 
     def _train_pass(self, current: Pass, on_step: Callable[[int], None] | None) -> None:
-        """What is left of one pass."""
+        """Train the remaining steps of one pass."""
         if self.step >= current.end:
             return
         begin_pass(self.optimizer, self.recipe, current)
@@ -253,7 +253,7 @@ class Training:
             self._between_steps(current)
 
     def _batch(self, current: Pass, order: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of batch number `step` of a pass: inputs (n, ...) and targets (n,) or (n, outputs)."""
+        """Return this process's share of batch `step` of a pass: inputs (n, ...) and targets (n,) or (n, outputs)."""
         size = self.recipe.batch_size
         samples = order[step * size : (step + 1) * size]
         inputs, targets = self.dataset.train.inputs[samples], self.dataset.train.targets[samples]
@@ -277,14 +277,14 @@ class Training:
             shape_gradients(self.optimizer, self.recipe, done if current.is_main else None)
             self.optimizer.step()
             self.rule.constrain_()
-            first = first or credit  # the loss of a batch is that before it has taught
+            first = first or credit  # the loss of a batch is that before its updates
         timer.stop()
         if current.is_main:
             self._sums.add(first or credit, targets)
         self._sums.log(credit.logs)
 
     def _step_costs(self) -> dict[Phase, StepCost]:
-        """What a step takes, by what it learns; measured once, and counted for the epoch."""
+        """Return the cost of a step, by what it learns; measured once, and counted for the epoch."""
         for current in {item.phase: item for item in self.passes if item.phase not in self._costs}.values():
             self.rule.phase = current.phase
             order = current.order(len(self.dataset.train), self.recipe.seed)
@@ -293,7 +293,7 @@ class Training:
         return self._costs
 
     def _between_steps(self, current: Pass) -> None:
-        """Look for NaN and signals; save where the recipe asks for it."""
+        """Check for NaN and signals; save if the recipe asks for it."""
         every, last = self.recipe.checkpoint_steps, self.step == self.passes[-1].end
         save = bool(every) and self.step % every == 0 and not last
         cheap = self.device.type == "cpu" and self.world.size == 1
@@ -301,7 +301,7 @@ class Training:
             return
         if not math.isfinite(self._sums.total_loss()):
             self._diverge("the training loss is not finite")
-        if self.step == current.end and not current.is_main:  # the loss does not show what became of feedback weights
+        if self.step == current.end and not current.is_main:  # the loss does not reveal diverged feedback weights
             self._check_parameters()
         self._signum = self.world.largest(self.stop.signum or 0)
         if (save or self._signum) and not last:
@@ -326,7 +326,7 @@ class Training:
             angle = minimum_norm(self.rule, self.dataset.train, probe)
             own = own_measures(self.rule, self.dataset.train, self.dataset.test, probe)
         if not math.isfinite(test_loss):
-            remedy = None if trained else "No step was taken: look at the data, the model and its initial weights"
+            remedy = None if trained else "No step was taken: check the data, the model and its initial weights"
             self._diverge("the test loss is not finite", remedy)
         self._untrained = self._untrained if trained else max(self._untrained, test_loss)
         if has_diverged(loss, test_loss, self._untrained):
@@ -362,7 +362,7 @@ class Training:
         clash = own.network.keys() & (self.line.keys() - {"condition_two"})
         clash |= {key for values in own.layers.values() for key in values if key in FIELDS}
         if clash:
-            raise ConfigError(f"{type(self.rule).__name__}.measures: {min(clash)!r} is a number of every run; rename it")
+            raise ConfigError(f"{type(self.rule).__name__}.measures: the name {min(clash)!r} is reserved; rename it")
         for name, values in own.layers.items():
             layers.setdefault(name, {}).update({key: finite(value) for key, value in values.items()})
         self.line |= {key: finite(value) for key, value in own.network.items()}
@@ -377,7 +377,7 @@ class Training:
                 self._keep_pictures()
 
     def _keep_pictures(self) -> None:
-        """What the report shows of the trained network: what it makes of images or goes on to write, and its own figures."""
+        """Save what the report shows of the trained network: reconstructions or generated text, and its own figures."""
         self.folder.write_examples(examples(self.rule, self.dataset.test))
         sample.keep(self.folder.path, self.rule, self.dataset)
         with self._own_randomness():
@@ -387,7 +387,7 @@ class Training:
         return evaluate(self.rule, split, self.recipe.amp, self.world, counts_hits=self.dataset.counts_hits)
 
     def _multiply_adds(self) -> int:
-        """Of all steps so far, all processes together."""
+        """Return the totals over all steps so far and all processes."""
         taken = sum(item.steps * self._costs[item.phase].multiply_adds for item in self.passes)
         return int(self.line.get("multiply_adds") or 0) + self.world.size * taken
 
@@ -438,7 +438,7 @@ class Training:
     def _restore(self, state: dict[str, Any]) -> None:
         path = self.folder.checkpoint
         if unlike := differences(state["config"], self.recipe.to_json()):
-            raise CheckpointError(f"checkpoint {path} has other options (saved vs asked): {'; '.join(unlike)}")
+            raise CheckpointError(f"checkpoint {path} has other options (saved vs given): {'; '.join(unlike)}")
         field = "step"
         try:
             check_place(self.recipe, state["epoch"], state["step"], self.steps_per_epoch)
@@ -462,7 +462,7 @@ class Training:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Within, the global generators are this run's own, so that runs trained in turn do not mix."""
+        """Give this run separate global generators within the block, so that interleaved runs do not affect each other."""
         others, own, self._rng = checkpoint.rng_state(self.device), self._rng, None
         if own is not None:
             checkpoint.set_rng_state(own, self.device)

@@ -1,4 +1,4 @@
-"""What a recipe trains and on what: its data and its model, the user's own as they were when the run began."""
+"""Data and model of a recipe; the user's own must be unchanged since the run began."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from apical.models import own as own_models
 from apical.models.initialisation import INITIALISERS
 
 _FEW = 2
-"""Samples on which a model of the user's is tried."""
+"""Number of samples on which a user's model is tried."""
 
 
 OF_DATA = ("data", "validation", "train_limit", "test_limit", "loss", "context", "tokens", "data_sha256")
@@ -23,10 +23,10 @@ OF_DATA = ("data", "validation", "train_limit", "test_limit", "loss", "context",
 
 
 def load_data(recipe: Recipe) -> Dataset:
-    """The recipe's data; the split does not depend on the seed, so that seeds differ in nothing else.
+    """Return the recipe's data; the split does not depend on the seed, so that seeds differ in nothing else.
 
     Raises:
-        CheckpointError: the user's own data are not those that the recipe was written for.
+        CheckpointError: the user's own data have changed since the recipe was written.
     """
     dataset = data.load(
         recipe.data,
@@ -43,10 +43,10 @@ def load_data(recipe: Recipe) -> Dataset:
 
 
 def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
-    """The recipe's model, with weights from the global torch RNG; tried on a few samples where it or the data are a user's.
+    """Return the recipe's model, with weights from the global torch RNG; a user's model or data are tried on a few samples.
 
     Raises:
-        CheckpointError: the source of a model of the user's is not that which the recipe was written for.
+        CheckpointError: the source of a user's model has changed since the recipe was written.
         ConfigError: the model does not fit the data.
     """
     if own_models.is_own(recipe.model):
@@ -55,11 +55,11 @@ def build_model(recipe: Recipe, dataset: Dataset) -> nn.Module:
 
 
 def initialised(model: nn.Module, name: str) -> nn.Module:
-    """The model with weights drawn anew by the initialiser of that name; as it is for an empty name.
+    """Return the model with weights redrawn by the named initialiser; unchanged for an empty name.
 
     Raises:
         ConfigError: there is no such initialiser.
-        UnsupportedModelError: it is not for this model.
+        UnsupportedModelError: it does not support this model.
     """
     if not name:
         return model
@@ -68,7 +68,7 @@ def initialised(model: nn.Module, name: str) -> nn.Module:
 
 
 def model_for(name: str, dataset: Dataset) -> nn.Module:
-    """The model of that name for a data set, as :func:`build_model` makes it."""
+    """Return the named model for a data set, as :func:`build_model` makes it."""
     model = models.build(name, dataset.input_shape, dataset.classes)
     if own_models.is_own(name) or dataset.sha256:
         few, where = dataset.train.inputs[:_FEW], dataset.name.rpartition("/")[2]
@@ -77,7 +77,7 @@ def model_for(name: str, dataset: Dataset) -> nn.Module:
 
 
 def located(values: dict[str, str]) -> dict[str, Any]:
-    """Given names of `data` and `model`, the user's own with absolute paths, their checksums to be taken anew."""
+    """Return given names of `data` and `model`, with absolute paths for the user's own, whose checksums are cleared."""
     places: dict[str, Any] = dict(values)
     if "data" in values:
         places["data_sha256"] = ""
@@ -91,7 +91,7 @@ def located(values: dict[str, str]) -> dict[str, Any]:
 
 
 def identified(recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe with checksums of the user's own data and model; those that it has already are kept, and are checked."""
+    """Return the recipe with checksums of the user's own data and model; existing checksums are kept and verified."""
     if not recipe.data_sha256:
         recipe = replace(recipe, data_sha256=dataset.sha256)
     if own_models.is_own(recipe.model) and not recipe.model_sha256:
@@ -100,10 +100,10 @@ def identified(recipe: Recipe, dataset: Dataset) -> Recipe:
 
 
 def loss_for(recipe: Recipe) -> LossName:
-    """The loss that goes with the targets of the recipe's data; data with a name are not loaded for that.
+    """Return the loss that suits the targets of the recipe's data; data known by name are not loaded for this.
 
     Raises:
-        ApicalError: there are no such data, or they are not usable.
+        ApicalError: the data do not exist or are not usable.
     """
     if recipe.data in ENTRIES:
         targets = ENTRIES[recipe.data].targets
@@ -117,6 +117,6 @@ def loss_for(recipe: Recipe) -> LossName:
 def _check(what: str, saved: str, now: str) -> None:
     if saved and saved != now:
         raise CheckpointError(
-            f"{what} changed since this began (sha256 {saved} then, {now or 'unknown'} now); restore it, or give it "
-            "again by name (--data, --model) with another --out"
+            f"{what} changed since the run began (sha256 {saved} then, {now or 'unknown'} now); restore it, or pass it "
+            "again (--data, --model) with another --out"
         )

@@ -1,4 +1,4 @@
-"""What is measured after each epoch: loss and accuracy of the answers, alignment of each layer."""
+"""Measurements after each epoch: loss and accuracy of the answers, alignment of each layer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,19 +20,19 @@ from apical.errors import ConfigError, InstabilityError, UnsupportedModelError
 EVALUATION_BATCH = 1000
 EXAMPLES = 8
 _LARGEST = 700.0
-"""Nats whose exponential a float holds."""
+"""Largest number of nats whose exponential fits into a float."""
 FIELDS = ("weight_alignment", "norm_ratio", "gradient_alignment", "gradient_norm_ratio")
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
-    """The forward pass's precision: bfloat16 where `amp` is "bf16"."""
+    """Set the precision of the forward pass: bfloat16 if `amp` is "bf16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
 
 
 def evaluate(rule: CreditRule, split: Split, amp: str, world: World, *, counts_hits: bool) -> tuple[float, float | None]:
-    """Mean loss and accuracy (0 to 1) of the rule's answers, the model in evaluation mode; processes share the batches.
+    """Return mean loss and accuracy (0 to 1) of the rule's answers, in evaluation mode; processes share the batches.
 
-    There is no accuracy unless answers are right or wrong: `counts_hits`.
+    There is an accuracy only if answers are right or wrong: `counts_hits`.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     with evaluating(rule.model), torch.inference_mode():
@@ -48,15 +48,15 @@ def evaluate(rule: CreditRule, split: Split, amp: str, world: World, *, counts_h
 
 
 def probe_batch(train: Split, size: int) -> tuple[Tensor, Tensor]:
-    """The `size` training images, always the same, on which gradients are compared: inputs, targets."""
+    """Return the `size` training images, always the same, on which gradients are compared: inputs, targets."""
     samples = torch.randperm(len(train), generator=generator("cpu", 0, "probe"))[:size].to(train.inputs.device)
     return train.inputs[samples], train.targets[samples]
 
 
 def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, float | None]]:
-    """The fields of `FIELDS` for each layer, angles in degrees, None where undefined; nothing if `probe` is 0.
+    """Return the fields of `FIELDS` for each layer, angles in degrees, None where undefined; nothing if `probe` is 0.
 
-    A rule whose dynamics is unstable on the probe batch, as it may be before its feedback is trained, has no gradient there.
+    A rule whose dynamics are unstable on the probe batch, which can happen before its feedback is trained, has no gradient.
     """
     if not probe:
         return {}
@@ -73,19 +73,19 @@ def alignment(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str,
 
 
 def own_measures(rule: CreditRule, train: Split, test: Split, probe: int) -> Measures:
-    """What the rule measures of itself; nothing if `probe` is 0."""
+    """Return the rule's own measurements; nothing if `probe` is 0."""
     if not probe:
         return Measures()
     batches = list(zip(test.inputs.split(EVALUATION_BATCH), test.targets.split(EVALUATION_BATCH), strict=True))
     with unchanged(rule):
         own = rule.measures(probe_batch(train, probe), batches)
     if not isinstance(own, Measures):
-        raise ConfigError(f"{type(rule).__name__}.measures returns a {type(own).__name__}, no apical.core.credit.Measures")
+        raise ConfigError(f"{type(rule).__name__}.measures returns a {type(own).__name__}, not apical.core.credit.Measures")
     return own
 
 
 def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
-    """Figures that the rule or its model has of itself; none if `probe` is 0."""
+    """Return the figures that the rule or its model provides; none if `probe` is 0."""
     if not probe:
         return ()
     with unchanged(rule), torch.no_grad():
@@ -93,7 +93,7 @@ def panels(rule: CreditRule, train: Split, probe: int) -> Sequence[Panel]:
 
 
 def matrices(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Matrices that the model has to be drawn, if it has a method `matrices(inputs)`; by title, row and column."""
+    """Return the matrices of a model with a method `matrices(inputs)`, for figures; by title, row and column."""
     own = getattr(rule.model, "matrices", None)
     if not probe or not callable(own):
         return {}
@@ -106,7 +106,7 @@ def matrices(rule: CreditRule, train: Split, probe: int) -> dict[str, dict[str, 
 
 
 def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
-    """The first test images and what an autoencoder makes of them (n, *shape); None where targets are no images."""
+    """Return the first test images and their reconstructions (n, *shape); None if the targets are not images."""
     inputs = test.inputs[:EXAMPLES]
     if inputs.dim() != 4 or not torch.equal(inputs.flatten(1), test.targets[:EXAMPLES]):
         return None
@@ -115,12 +115,12 @@ def examples(rule: CreditRule, test: Split) -> tuple[Tensor, Tensor] | None:
 
 
 def finite(value: float | None) -> float | None:
-    """The number that metrics.jsonl has: None for NaN and infinity."""
+    """Return the number for metrics.jsonl: None for NaN and infinity."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def per_token(nats: float | None) -> dict[str, float | None]:
-    """The loss of a text, nats per token, in its other units.
+    """Convert the loss of a text, in nats per token, to its other units.
 
     >>> {name: round(value, 3) for name, value in per_token(1.386294361).items()}
     {'bits_per_token': 2.0, 'perplexity': 4.0}
@@ -131,13 +131,13 @@ def per_token(nats: float | None) -> dict[str, float | None]:
 
 
 def minimum_norm(rule: CreditRule, train: Split, probe: int) -> float | None:
-    """How near the rule's update is to the minimum-norm one, in degrees, on the probe batch; of small chains only.
+    """Return the angle between the rule's update and the minimum-norm one, in degrees, on the probe batch; small chains.
 
-    The damping is 1, with which that is Gauss-Newton's on one sample up to the layers' input norms.
+    The damping is 1; on one sample this is the Gauss-Newton update, up to the layers' input norms.
     """
     if not probe or not rule.feed_forward or not _is_small_chain(rule.model):
         return None
-    with suppress(InstabilityError, UnsupportedModelError):  # the model may take these samples in a way that is no chain
+    with suppress(InstabilityError, UnsupportedModelError):  # on these samples the model may not be a chain
         return finite(minimum_norm_alignment(rule, *probe_batch(train, probe), damping=1.0)["all"])
     return None
 
@@ -150,22 +150,22 @@ def _is_small_chain(model: nn.Module) -> bool:
 
 
 FACTOR = 100.0
-"""A loss this many times that of an untrained network is diverged."""
+"""A loss this many times that of an untrained network counts as diverged."""
 _SAMPLES = 1000
 
 
 def chance_loss(rule: CreditRule, test: Split, output_shape: Callable[[int], tuple[int, ...]]) -> float:
-    """Loss of answers that are all zero, which for classes is that of guessing, on the first test samples."""
+    """Return the loss of all-zero answers, which for classes is that of guessing, on the first test samples."""
     targets = test.targets[:_SAMPLES]
     with torch.no_grad():
         return float(rule.loss(torch.zeros(output_shape(len(targets)), device=targets.device), targets))
 
 
 def has_diverged(train_loss: float | None, test_loss: float, untrained: float) -> bool:
-    """Whether a finished epoch was spent far above the loss of an untrained network, and ended there.
+    """Return whether the loss was far above that of an untrained network throughout a finished epoch and at its end.
 
-    Both have to be above :data:`FACTOR` times that loss: the mean training loss of the epoch, which a short spike does not
-    raise so far, and the test loss at its end, which a training that came down again has left behind.
+    Both must exceed :data:`FACTOR` times that loss: the mean training loss of the epoch, which a short spike does not raise
+    that far, and the test loss at its end, which is low again if the training recovered.
 
     Args:
         train_loss: mean over the epoch; None before training.

@@ -1,4 +1,4 @@
-"""The rules by their short names on the command line, with the defaults each one needs. The library has no registry."""
+"""Rules by their short names on the command line, with the defaults that each one needs. The library has no registry."""
 
 import difflib
 import inspect
@@ -45,24 +45,24 @@ from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssign
 from apical.rules.weight_mirror import WeightMirror
 
 DECAY = 1e-4
-"""Weight decay of every rule that does not learn its feedback by decay, and of the others after their alignment phase."""
+"""Weight decay of rules that do not learn their feedback by decay, and of the others after their alignment phase."""
 
 Q_DECAY = 0.05
-"""Decay at which the feedback weights of DFC, at its default noise, come to rest near the transposed Jacobian."""
+"""Decay at which the feedback weights of DFC, at its default noise, converge near the transposed Jacobian."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One short name: the class behind it, the options that the name fixes, and a line for people.
+    """One short name: its class, the options that the name fixes, and a one-line description.
 
     Attributes:
-        aligns: the rule's feedback aligns through weight decay, so it starts with an alignment phase.
-        clip: largest gradient norm where the recipe sets none, for rules whose updates are not small.
-        clip_over: of each "tensor" by itself, or of the whole "network".
-        feedback_decay: weight decay of the feedback weights where the recipe sets none: it bounds feedback that grows along
+        aligns: the rule's feedback aligns through weight decay, so training starts with an alignment phase.
+        clip: largest gradient norm if the recipe sets none, for rules whose updates are not small.
+        clip_over: clip each "tensor" separately, or the whole "network".
+        feedback_decay: weight decay of the feedback weights if the recipe sets none: it bounds feedback that grows along
             a fixed direction.
-        physical: options under which the rule computes as its paper's network would, where its default is a closed form of
-            that; an audit looks at this form.
+        physical: options under which the rule works as its paper's network would, if its default is a closed form of that;
+            audits use this form.
     """
 
     build: Callable[..., CreditRule]
@@ -77,20 +77,20 @@ class Entry:
 
 MIRRORED = "kp-mirror, pfa-mirror and pfa-o-mirror"
 MIRROR = {"initial": "mirror"}
-"""Before the first step noise copies the weights into the feedback."""
+"""Before the first step, noise copies the weights into the feedback."""
 
 EXPLICIT = {"form": "explicit"}
-"""Feedback weights are kept as such, not derived from forward weights that got the same updates."""
+"""Feedback weights are stored explicitly, not derived from forward weights that received the same updates."""
 
 LITERAL = {"form": "literal"}
-"""Errors pass both of the feedback matrices, which are kept as such and not multiplied first."""
+"""Errors pass through both feedback matrices, which are stored separately and not multiplied first."""
 
 SIMULATED = {"solver": "simulate", "learn": "noise", "points": 60, "dt": 0.05}
 """The controlled dynamics and the noisy phase run in time, for 15 of the neurons' time constants."""
 
 SIMULATED_FIXED = {key: value for key, value in SIMULATED.items() if key != "learn"}
 
-# the names of one class, with what they have in common
+# the names of one class, with their common settings
 _SIGNS, _PFA = partial(Entry, SignSymmetry), partial(Entry, ProductFeedbackAlignment, physical=LITERAL)
 _DFC = partial(Entry, DeepFeedbackControl, feedback_decay=Q_DECAY)
 _FIXED = partial(Entry, DeepFeedbackControl)
@@ -103,22 +103,22 @@ _DTP, _EP = partial(Entry, DifferenceTargetPropagation, clip=1.0), partial(Entry
 RULES: dict[str, Entry] = {
     "bp": Entry(Backprop, "backpropagation"),
     "fa": Entry(FeedbackAlignment, "feedback alignment: fixed random feedback weights"),
-    "dfa": Entry(DirectFeedbackAlignment, "direct feedback alignment: the output error straight to every layer"),
+    "dfa": Entry(DirectFeedbackAlignment, "direct feedback alignment: the output error sent directly to every layer"),
     "usf": _SIGNS("sign symmetry: the signs of the weights, one magnitude", {"variant": "uniform"}),
     "brsf": _SIGNS("sign symmetry: magnitudes drawn for every batch", {"variant": "batchwise"}),
     "frsf": _SIGNS("sign symmetry: magnitudes drawn once", {"variant": "fixed"}),
     "kp": Entry(KolenPollack, "Kolen-Pollack: feedback gets the same updates and decay", aligns=True, physical=EXPLICIT),
     "kp-mirror": Entry(
-        KolenPollack, "Kolen-Pollack from a mirror at birth, for adamw and its like", MIRROR, physical=EXPLICIT
+        KolenPollack, "Kolen-Pollack started by a weight mirror, for optimisers such as adamw", MIRROR, physical=EXPLICIT
     ),
     "wm": Entry(WeightMirror, "weight mirror: feedback learned from noise"),
     "pfa": _PFA("product feedback alignment, expansion 10", {"expansion": 10}, aligns=True),
     "pfa-o": _PFA("product feedback alignment, orthogonal", {"feedback": "orthogonal"}, aligns=True),
     "pfa-mirror": _PFA(
-        "product feedback alignment from a mirror at birth, for adamw and its like", {"expansion": 10, **MIRROR}
+        "product feedback alignment started by a weight mirror, for optimisers such as adamw", {"expansion": 10, **MIRROR}
     ),
     "pfa-o-mirror": _PFA(
-        "product feedback alignment, orthogonal, from a mirror at birth", {"feedback": "orthogonal", **MIRROR}
+        "product feedback alignment, orthogonal, started by a weight mirror", {"feedback": "orthogonal", **MIRROR}
     ),
     "dfc": _DFC("deep feedback control, averaged over time", {"variant": "dfc"}, physical=SIMULATED),
     "dfc-ss": _DFC("deep feedback control at its steady state", {"variant": "ss"}, physical=SIMULATED),
@@ -136,7 +136,7 @@ RULES: dict[str, Entry] = {
     "pc-error": _PC("predictive coding, solved in the errors", {"inference": "error"}),
     "pc-one-step": _PC("pc-error, a control: one step of inference", {"inference": "error", "steps": 1}),
     "pc-incremental": _PC(
-        "predictive coding whose weights move after every step of the states", {"inference": "incremental"}
+        "predictive coding that updates weights after every step of the states", {"inference": "incremental"}
     ),
     "mupc": Entry(
         PredictiveCoding,
@@ -152,10 +152,10 @@ RULES: dict[str, Entry] = {
     "scff": _FF("self-contrastive forward-forward: active for an image twice, quiet for two", {"negatives": "images"}),
     "csdp": _CSDP("contrastive-signal-dependent plasticity: spiking layers, large traces for images with their label"),
     "csdp-unsupervised": _CSDP(
-        "csdp whose negatives are mixtures of images; labels teach the read-outs alone", {"negatives": "mixtures"}
+        "csdp whose negatives are mixtures of images; labels train only the read-outs", {"negatives": "mixtures"}
     ),
     "csdp-memristor": _CSDP("csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}),
-    "dualprop": Entry(DualPropagation, "dual propagation: the difference of two compartments in every neuron"),
+    "dualprop": Entry(DualPropagation, "dual propagation: the error is the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
     "tdca": _TDCA("top-down credit assignment: an evolved network hands out credit", {"teacher": "digits"}),
     "tdca-silent": _TDCA("tdca, a control: no credit to hidden units", {"teacher": "digits", "silent": True}),
@@ -173,7 +173,7 @@ RULES: dict[str, Entry] = {
     "ddtp-control": _DTP("ddtp-linear, a control: reconstruction without the difference", {"variant": "control"}),
     "ep": _EP("equilibrium propagation, symmetric nudges"),
     "ep-one-sided": _EP("equilibrium propagation, one nudge of random sign", {"estimator": "random-sign"}),
-    "ep-directed": _EP("equilibrium propagation with weights of their own for each direction", {"weights": "directed"}),
+    "ep-directed": _EP("equilibrium propagation with separate weights for each direction", {"weights": "directed"}),
     "hep": _EP("holomorphic equilibrium propagation, complex nudges", {"estimator": "holomorphic"}),
     "corinfomax": Entry(CorInfoMax, "correlative information maximisation: layers that predict both ways"),
 }
@@ -194,7 +194,7 @@ def _matched(
 
 
 def _importance(rule: CreditRule, mode: Mode | None, clip: bool, weights: Literal["incoming", "outgoing"]) -> Any:
-    """Gains are passed on where the rule passes errors on. Only who asks for it loads this module: it is patented."""
+    """Pass gains on where the rule passes errors on. The module is loaded only on request: it is patented."""
     from apical.rules.node_importance import NodeImportance
 
     return NodeImportance(mode or ("propagating" if rule.chains_errors else "local"), clip, weights)
@@ -207,13 +207,13 @@ def _solved(rule: CreditRule, damping: float = 1e-2) -> CreditRule:
 AROUND: dict[str, tuple[Callable[..., CreditRule], str]] = {
     "grapes": (_grapes, "GRAPES: errors of units with large incoming weights count up to double (US patent 12,020,162)"),
     "matched": (_matched, "grapes, a control: every unit of a layer gets the layer's mean gain"),
-    "cwu": (_solved, "consequentialism weight updates: layers solve for the change that their errors ask for"),
+    "cwu": (_solved, "consequentialism weight updates: layers solve for the change that their errors request"),
 }
-"""Rules around a rule, "grapes:fa": what makes one of a rule and options, and a line for people."""
+"""Rules that wrap another rule, such as "grapes:fa": a function of a rule and options, and a one-line description."""
 
 
 def _composed(outer: str, inner: Entry) -> Entry:
-    """The entry of a rule around another one; it takes the options of both."""
+    """Return the entry of a rule that wraps another one; it takes the options of both."""
     wrap, title = AROUND[outer]
     own = list(inspect.signature(wrap).parameters.values())[1:]
     names = {parameter.name for parameter in own}
@@ -229,11 +229,11 @@ def _composed(outer: str, inner: Entry) -> Entry:
 
 
 def find_rule(name: str) -> Entry:
-    """The entry of a short name, of a rule around another ("grapes:fa"), or of a rule that is not part of apical:
+    """Return the entry of a short name, of a rule that wraps another ("grapes:fa"), or of a rule that is not part of apical:
     "path/to/file.py:Class", "module:Class".
 
     Raises:
-        ConfigError: there is none; names the nearest, or what is wrong with the file.
+        ConfigError: there is none; the message names the nearest name, or what is wrong with the file.
     """
     outer, colon, inner = name.partition(":")
     if colon and outer in AROUND:
@@ -243,23 +243,23 @@ def find_rule(name: str) -> Entry:
         return Entry(kind, own_rules.title(kind))
     if name not in RULES:
         if "," in name:
-            raise ConfigError(f"unknown rule {name!r}: names of rules have spaces between them, as in --rules bp fa")
+            raise ConfigError(f"unknown rule {name!r}: separate names of rules by spaces, as in --rules bp fa")
         for short, entry in RULES.items():
             if getattr(entry.build, "__name__", "").lower() == name.lower():
-                raise ConfigError(f"unknown rule {name!r}: the command line calls it {short!r}; see apical list rules")
+                raise ConfigError(f"unknown rule {name!r}: its name on the command line is {short!r}; see apical list rules")
     require_choice("rule", name, RULES)
     return RULES[name]
 
 
 def constructor_options(entry: Entry) -> list[str]:
-    """Names of the options the rule's constructor takes besides those that the recipe and the data decide."""
+    """Return the names of the constructor's options, except those determined by the recipe and the data."""
     return [name for name in inspect.signature(entry.build).parameters if name not in ("model", *_GIVEN)]
 
 
 def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
-    """Those of the comparison's options "[RULE:]key=value" that are for `rule`, as its recipe takes them.
+    """Return the comparison's options "[RULE:]key=value" that apply to `rule`, as its recipe takes them.
 
-    Without "RULE:" an option is for every rule whose constructor knows it. A rule from a file is called by its class.
+    Without "RULE:" an option applies to every rule whose constructor has it. A rule from a file is named by its class.
 
     >>> options_for("pfa", ("pfa:expansion=4", "kp:form=explicit", "first_layer=True", "nudge=0.1"))
     ('expansion=4', 'first_layer=True')
@@ -273,7 +273,7 @@ def options_for(rule: str, options: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
-    """Refuse options of a comparison that none of its rules takes.
+    """Refuse options of a comparison that none of its rules has.
 
     Raises:
         ConfigError: names the option.
@@ -289,13 +289,13 @@ def check_options(rules: Sequence[str], options: Sequence[str]) -> None:
 
 
 def merged(options: Sequence[str], over: Sequence[str]) -> tuple[str, ...]:
-    """Options with those of `over` in place of equally named ones."""
+    """Return the options, with those of `over` replacing options of the same name."""
     replaced = {_key(option) for option in over}
     return (*(option for option in options if _key(option) not in replaced), *over)
 
 
 def _owner(option: str) -> tuple[str, str]:
-    """The rule's name before ":" in "RULE:key=value", empty if there is none, and the rest."""
+    """Split "RULE:key=value" into the rule's name, empty if there is none, and the rest."""
     name = option.partition("=")[0]
     owner, colon, _ = name.partition(":")
     return (owner, option[len(owner) + 1 :]) if colon else ("", option)
@@ -306,20 +306,20 @@ def _key(option: str) -> str:
 
 
 def other_teacher(recipe: Recipe, classes: int | None) -> str:
-    """Says that data of so many classes have another teacher than the rule's name stands for; empty where they have not."""
+    """Return a note if data with this many classes need another teacher than the rule's name implies; otherwise empty."""
     if classes in (None, 10) or find_rule(recipe.rule).options.get("teacher") != "digits":
         return ""
     if "teacher" in parse_options(recipe.rule_options):
         return ""
-    return f"{recipe.rule_name} has the teacher 'classes': there are {classes} classes, and 'digits' is for ten"
+    return f"{recipe.rule_name} uses the teacher 'classes': there are {classes} classes, and 'digits' is for ten"
 
 
 def resolve(recipe: Recipe, examples: int, classes: int | None = None) -> tuple[Recipe, list[str]]:
-    """The recipe with the rule's defaults filled in, and notes on what was chosen.
+    """Return the recipe with the rule's defaults filled in, and notes on the choices made.
 
     Args:
-        examples: training images.
-        classes: of the data; None where targets are numbers.
+        examples: number of training images.
+        classes: number of classes; None if targets are numbers.
 
     Raises:
         ConfigError: unknown rule or option, or a batch larger than the data.
@@ -337,15 +337,15 @@ def resolve(recipe: Recipe, examples: int, classes: int | None = None) -> tuple[
     added = []
     if entry.aligns and recipe.optimizer == "adam" and "form" not in given:
         added.append("form='explicit'")
-        notes.append(f"{recipe.rule_name} keeps its feedback explicitly: the weight decay of adam goes through its moments")
+        notes.append(f"{recipe.rule_name} stores its feedback explicitly: adam applies weight decay through its moments")
     if entry.aligns and recipe.optimizer != "sgd" and "initial" not in given | entry.options:
         notes.append(
-            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} begin "
+            f"the decay of {recipe.optimizer} is too small to align the feedback of {recipe.rule_name}; {MIRRORED} start "
             "near the weights"
         )
     if recipe.probe and "first_layer" in arguments and "first_layer" not in given:
         added.append("first_layer=True")
-        notes.append("feedback is kept for the first layer too, to read its alignment (--probe 0 leaves it out)")
+        notes.append("feedback is also kept for the first layer, to measure its alignment (--probe 0 turns this off)")
     if note := other_teacher(recipe, classes):
         added.append("teacher='classes'")
         notes.append(note)
@@ -377,7 +377,7 @@ LOSSES: dict[str, Loss] = {
     "mse": F.mse_loss,
     "token_cross_entropy": token_cross_entropy,
 }
-"""Losses by the recipe's names."""
+"""Losses by their names in recipes."""
 
 _GIVEN = ("loss", "input_shape")
 
@@ -387,15 +387,15 @@ def _are_names(parameter: inspect.Parameter | None) -> bool:
 
 
 def _names(value: Any) -> Any:
-    """Names of modules or parameters, which the command line gives with commas between them."""
+    """Split names of modules or parameters, which are separated by commas on the command line."""
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | None = None) -> CreditRule:
-    """The recipe's rule around `model`.
+    """Return the recipe's rule for `model`.
 
     Args:
-        input_shape: of one sample; needed by rules that simulate the whole network, where it has convolutions, and to see
+        input_shape: shape of one sample; needed by rules that simulate a whole network with convolutions, and to determine
             whether the layer registered first needs feedback.
 
     Raises:
@@ -419,10 +419,10 @@ def make_rule(recipe: Recipe, model: nn.Module, input_shape: tuple[int, ...] | N
 
 
 def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collection[str] = ()) -> bool:
-    """Whether an error has to pass the layer registered first, because trained layers run before it.
+    """Return whether errors must pass through the layer registered first, because trained layers run before it.
 
     Args:
-        model: is called once, on two samples of zeros, real or whole; nothing of it changes.
+        model: called once, on two samples of zeros, float or integer; it is not changed.
         exact: see :class:`apical.core.edge.EdgeRule`.
     """
     flags: list[bool] = []
@@ -432,9 +432,9 @@ def needs_feedback(model: nn.Module, input_shape: tuple[int, ...], exact: Collec
 
     try:
         layer = next(iter(weighted_layers(model, exact, shared=True, packed="parts").values()))
-    except ApicalError:  # the rule says better what is wrong with it
+    except ApicalError:  # the rule's own error explains it better
         return False
-    for kind in (layer.weight.dtype, torch.long):  # whole numbers for a model that embeds them
+    for kind in (layer.weight.dtype, torch.long):  # integers for a model that embeds them
         try:
             with torch.enable_grad(), undisturbed(model):
                 model.eval()

@@ -1,7 +1,7 @@
-"""Measures of a network by the names that recipes and commands use, and the table that keeps what they find.
+"""Measures of a network by the names that recipes and commands use, and the table of their results.
 
-Each is a function of a model and some of its inputs, whatever rule has trained it. A measure of one's own is a function in a
-file, "FILE.py:FUNCTION", that returns numbers by name, or layers with numbers by name.
+Each is a function of a model and some of its inputs, independent of the rule that trained it. A user's measure is a function
+in a file, "FILE.py:FUNCTION", that returns numbers by name, or layers with numbers by name.
 """
 
 import math
@@ -22,19 +22,19 @@ from apical.diagnostics.persistence import persistence
 from apical.errors import ApicalError, ConfigError, require_choice
 
 Numbers = dict[str, dict[str, float | None]]
-"""Layer, or :data:`WHOLE`, to quantity to number; None where it is not finite."""
+"""Layer, or :data:`WHOLE`, to quantity to number; None if it is not finite."""
 
 WHOLE = "(network)"
 SAMPLES = 256
-"""Inputs that a measure is given at most."""
+"""Largest number of inputs given to a measure."""
 
 FEW = 16
 ENTRIES = 2**25
-"""So many entries of Jacobians are held at most."""
+"""Largest number of entries of Jacobians held in memory."""
 
 
 def of_persistence(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
-    """Persistence of the weights, beside shuffled weights and their spread."""
+    """Return the persistence of the weights, of shuffled weights, and the spread of the latter."""
     numbers = persistence(model)
     layers = {
         name: {"np": value, "np shuffled": numbers.shuffled[name][0], "spread": numbers.spread[name]}
@@ -48,7 +48,7 @@ def of_persistence(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, floa
 
 
 def of_coding(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
-    """Entropies and dimensions of the activities; the network's are per unit, means over hidden layers."""
+    """Return entropies and dimensions of the activities; the network's are per unit, means over hidden layers."""
     numbers = codes.coding(model, inputs)
     layers = {name: {key.replace("_", " "): float(value) for key, value in asdict(c).items()} for name, c in numbers.items()}
     hidden = [row for name, row in layers.items() if name != "output"] or list(layers.values())
@@ -58,13 +58,13 @@ def of_coding(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
 
 
 def of_learnability(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
-    """Spectrum of the Jacobian in the weights, on a few inputs."""
+    """Return the spectrum of the Jacobian in the weights, on a few inputs."""
     with torch.no_grad(), undisturbed(model):
         outputs = model.eval()(inputs[:1]).numel()
     size = outputs * sum(p.numel() for p in model.parameters() if p.requires_grad)
     few = inputs[: max(1, min(FEW, ENTRIES // max(1, size)))]
     if size > 4 * ENTRIES:
-        raise ConfigError(f"the Jacobian of one sample has {size:,} entries, more than fit; measure a smaller network")
+        raise ConfigError(f"the Jacobian of one sample has {size:,} entries, which is too many; measure a smaller network")
     numbers = learnability(model, few)
     values = numbers.singular_values
     return {
@@ -80,7 +80,7 @@ def of_learnability(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, flo
 
 
 def of_channel(model: nn.Module, inputs: Tensor) -> dict[str, dict[str, float]]:
-    """The Jacobian in the input, and nats under both models of noise."""
+    """Return measures of the Jacobian in the input, and nats under both models of noise."""
     few = inputs[:FEW]
     end, every = (channels.channel(model, few, where=where) for where in ("end", "every"))
     return {
@@ -103,11 +103,11 @@ MEASURES: dict[str, Measurer] = {
     "learnability": of_learnability,
     "channel": of_channel,
 }
-"""The measures that have a name."""
+"""The measures by name."""
 
 
 def find_measure(name: str) -> Measurer:
-    """The measure of a name, or a user's own function.
+    """Return the measure with a name, or a user's own function.
 
     Raises:
         ConfigError: there is none; names the nearest.
@@ -115,7 +115,7 @@ def find_measure(name: str) -> Measurer:
     if own_code.is_code(name):
         measure = own_code.import_from(name, "measure", "my_measures.py:sharpness")
         if not callable(measure):
-            raise ConfigError(f"measure {name} has type {type(measure).__name__}: no function of a model and inputs")
+            raise ConfigError(f"measure {name} must be a function of a model and inputs, got {type(measure).__name__}")
         own: Measurer = measure
         return own
     require_choice("measure", name, MEASURES)
@@ -123,14 +123,14 @@ def find_measure(name: str) -> Measurer:
 
 
 def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str, Numbers]:
-    """What the measures find, by measure; the model is left as it was.
+    """Return the results by measure; the model is left unchanged.
 
     Args:
-        names: see :func:`find_measure`; a user's own goes by the function's name.
-        inputs: (samples, ...), of which the measures take what they need.
+        names: see :func:`find_measure`; a user's own measure is named after its function.
+        inputs: (samples, ...); each measure uses as many as it needs.
 
     Raises:
-        ConfigError: a measure is not known, or cannot be taken of this model; says why.
+        ConfigError: a measure is unknown, or does not apply to this model; the message says why.
     """
     numbers = {}
     for name in names:
@@ -140,18 +140,18 @@ def measured(names: Iterable[str], model: nn.Module, inputs: Tensor) -> dict[str
                 values = measure(model, inputs)
         except (ApicalError, RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             reason = " ".join(str(error).split()).rstrip(".")[:300]
-            raise ConfigError(f"{name} cannot be measured on this model: {reason}; leave {name} out") from error
+            raise ConfigError(f"{name} cannot be measured on this model: {reason}; drop {name}") from error
         numbers[short_name(name)] = _table(name, values)
     return numbers
 
 
 def short_name(name: str) -> str:
-    """What a measure is called in tables: its name, or that of the user's function."""
+    """Return the name of a measure in tables: its name, or that of the user's function."""
     return name.rpartition(":")[2]
 
 
 def moments_of_training(epochs: int) -> dict[str, int]:
-    """Epochs after which a run is measured, by the words for them.
+    """Return the epochs after which a run is measured, by their labels.
 
     >>> moments_of_training(5), moments_of_training(1)
     ({'before': 0, 'halfway': 3, 'after': 5}, {'before': 0, 'after': 1})
@@ -161,13 +161,13 @@ def moments_of_training(epochs: int) -> dict[str, int]:
 
 
 def quantities(rows: Sequence[Mapping[str, float | None]]) -> list[str]:
-    """Names of the quantities of several layers, each once."""
+    """Return the names of the quantities of several layers, each once."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def _table(name: str, values: Any) -> Numbers:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"measure {name} returns a {type(values).__name__}, not numbers by name")
+        raise ConfigError(f"measure {name} must return numbers by name (a dictionary), got {type(values).__name__}")
     flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
     nested = {str(key): value for key, value in values.items() if isinstance(value, Mapping)}
     layers = {**({WHOLE: flat} if flat else {}), **nested}
@@ -180,5 +180,5 @@ def _number(name: str, key: Any, value: Any) -> float | None:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"measure {name}: {key!r} has type {type(value).__name__}: no number") from None
+        raise ConfigError(f"measure {name}: {key!r} must be a number, got {type(value).__name__}") from None
     return number if math.isfinite(number) else None

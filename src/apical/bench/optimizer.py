@@ -1,4 +1,4 @@
-"""The recipe's optimiser: one group for the forward weights and, where a rule learns its feedback, one for that."""
+"""The recipe's optimiser: one group for the forward weights and, if a rule learns its feedback, one for the feedback."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +22,11 @@ FEEDBACK = "feedback"
 
 
 def make_optimizer(recipe: Recipe, rule: CreditRule) -> Optimizer:
-    """The optimiser over every trainable parameter of the rule, at the first epoch's values.
+    """Return the optimiser over every trainable parameter of the rule, with the first epoch's values.
 
-    The first group holds all but `rule.feedback_parameters()`, the last one these; without any there is one group. Where
-    only matrices decay (`decay_on`), forward weights that do not are a group of their own, behind the first. Under muon,
-    dense and recurrent weights and what learns with them are Muon's; tables, kernels and vectors are AdamW's.
+    The first group has all parameters except `rule.feedback_parameters()`, which are the last group; without any there is
+    one group. If only matrices decay (`decay_on`), forward weights that do not decay are a separate second group. With muon,
+    dense and recurrent weights and parameters that learn with them are Muon's; tables, kernels and vectors are AdamW's.
 
     Raises:
         ConfigError: this PyTorch has no Muon.
@@ -51,11 +51,11 @@ KINDS: dict[str, Callable[..., Optimizer]] = {
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
     "input-adam": InputAdam,
 }
-"""Optimisers by the recipe's names, but for muon, which is two."""
+"""Optimisers by their names in recipes, except muon, which consists of two."""
 
 
 def _forward_groups(recipe: Recipe, rule: CreditRule, forward: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """One group; or, where only matrices decay, one of them and one of what does not decay, which is marked."""
+    """Return one group; or, if only matrices decay, one group of these and a marked group of the rest."""
     if recipe.decay_on == "all":
         return [{"params": forward}]
     tables = _tables(rule)
@@ -65,12 +65,12 @@ def _forward_groups(recipe: Recipe, rule: CreditRule, forward: list[nn.Parameter
 
 
 def _tables(rule: CreditRule) -> set[int]:
-    """Look-up tables, by identity."""
+    """Return the look-up tables, by identity."""
     return {id(module.weight) for module in rule.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
 
 
 def _multiplied(rule: CreditRule) -> set[int]:
-    """Weights of dense layers, one of which may be a table too."""
+    """Return the weights of dense layers, one of which may also be a table."""
     return {id(module.weight) for module in rule.modules() if isinstance(module, nn.Linear)}
 
 
@@ -79,7 +79,7 @@ def _is_matrix(tables: set[int], parameter: Tensor) -> bool:
 
 
 def parts(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Groups of the forward weights, and of the feedback weights."""
+    """Return the groups of the forward weights, and those of the feedback weights."""
     groups = optimizer.param_groups
     if isinstance(optimizer, MuonAndAdamW):
         return [g for g in groups if g["name"] != FEEDBACK], [g for g in groups if g["name"] == FEEDBACK]
@@ -88,14 +88,14 @@ def parts(optimizer: Optimizer) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
-    """Options of the optimiser that no schedule changes."""
+    """Return the options of the optimiser that no schedule changes."""
     if recipe.optimizer == "sgd":
         return {"momentum": recipe.momentum}
     return {"betas": (recipe.momentum, recipe.beta2), "eps": recipe.eps}
 
 
 def _feedback_options(recipe: Recipe) -> dict[str, Any]:
-    """The same for the feedback weights."""
+    """Return the same for the feedback weights."""
 
     def either(value: float | None, otherwise: float) -> float:
         return otherwise if value is None else value
@@ -110,7 +110,7 @@ def _feedback_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def scheduled(recipe: Recipe, finished: int) -> tuple[float, float]:
-    """Learning rate and weight decay of the forward weights once `finished` epochs are done."""
+    """Return learning rate and weight decay of the forward weights after `finished` epochs."""
     lr = piecewise(recipe.lr, recipe.lr_epochs, finished)
     if recipe.lr_cosine:
         lr = cosine(lr, recipe.lr_min or recipe.lr_final * lr, recipe.lr_cosine, finished)
@@ -131,10 +131,10 @@ def begin_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
 
 
 def set_rate(optimizer: Optimizer, recipe: Recipe, step: int, steps_per_epoch: int) -> None:
-    """Set the learning rate of one step, where the recipe's warm-up makes it change with steps.
+    """Set the learning rate of one step, if the recipe's warm-up makes it change with steps.
 
-    It rises by equal amounts to --lr, and falls along half a cosine over the steps of --lr-cosine epochs meanwhile.
-    Feedback weights without a rate of their own follow.
+    It rises linearly to --lr, multiplied by half a cosine over the steps of --lr-cosine epochs. Feedback weights without a
+    separate rate follow.
 
     Args:
         step: forward steps before this one, over all epochs.
@@ -152,7 +152,7 @@ def set_rate(optimizer: Optimizer, recipe: Recipe, step: int, steps_per_epoch: i
 
 
 def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
-    """Forget the feedback weights' moments at the end of pre-training, for which the authors have an optimiser apart."""
+    """Clear the feedback weights' moments at the end of pre-training, for which the authors use a separate optimiser."""
     if current.kind == "pretrain" and current.number == recipe.pretrain_epochs - 1:
         for group in parts(optimizer)[1]:
             for parameter in group["params"]:
@@ -162,7 +162,7 @@ def end_pass(optimizer: Optimizer, recipe: Recipe, current: Pass) -> None:
 
 @torch.no_grad()
 def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int | None) -> None:
-    """What a recipe does to gradients before the optimiser's step: warm-up, centralisation, clipping, in this order.
+    """Transform gradients before the optimiser's step: warm-up, centralisation, clipping, in this order.
 
     Args:
         step: forward steps before this one, over all epochs; None in a pass of the feedback weights, which has no warm-up.
@@ -182,10 +182,10 @@ def shape_gradients(optimizer: Optimizer, recipe: Recipe, step: int | None) -> N
 
 
 def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> None:
-    """Scale gradients down to norm `largest`; 0 is off.
+    """Clip gradients to norm `largest`; 0 is off.
 
     Args:
-        over: each forward tensor by itself, or the forward network as one; feedback weights always go together.
+        over: each forward tensor separately, or the forward network as one; feedback weights are always clipped together.
     """
     if not largest:
         return
@@ -197,14 +197,14 @@ def clip(optimizer: Optimizer, largest: float, over: ClipOver = "tensor") -> Non
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon and AdamW, which go on being optimisers of PyTorch, each with groups of its own.
+    """Muon and AdamW, two optimisers of PyTorch with separate groups, used as one.
 
     Muon's step is scaled to the root mean square of AdamW's, so that one learning rate and decay suit both.
 
     Args:
         groups: as for any optimiser of PyTorch.
-        is_matrix: whether a parameter is Muon's.
-        betas: AdamW's; the first is also Muon's momentum.
+        is_matrix: whether a parameter is updated by Muon.
+        betas: betas of AdamW; the first is also Muon's momentum.
 
     Raises:
         ConfigError: this PyTorch has no Muon.
@@ -246,11 +246,11 @@ class MuonAndAdamW(Optimizer):
 
     @property
     def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
-        """State of both, to be read."""
+        """State of both, read-only."""
         return {parameter: its for member in self.members for parameter, its in member.state.items()}
 
     def step(self, closure: Any = None) -> Any:
-        """Let both take a step; `closure` makes the gradients first, and its loss is returned."""
+        """Take a step with both; `closure` computes the gradients first, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -260,15 +260,15 @@ class MuonAndAdamW(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Clear all gradients."""
         for member in self.members:
             member.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Those of both."""
+        """Return the states of both."""
         return {"members": [member.state_dict() for member in self.members]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the states of both."""
+        """Load the states of both."""
         for member, state in zip(self.members, state_dict["members"], strict=True):
             member.load_state_dict(state)

@@ -11,20 +11,20 @@ from apical.errors import ConfigError
 from apical.own_code import import_module
 
 IN_MEMORY = "in-memory:"
-"""How names of rules begin that only this process has."""
+"""Prefix of the names of rules that exist only in this process."""
 _memory: dict[str, type[CreditRule]] = {}
 
 
 def load_class(name: str) -> type[CreditRule]:
-    """The class that `name` says. Runs the code of the file or module, once in this process.
+    """Return the class named by `name`. Runs the code of the file or module, once in this process.
 
     Raises:
-        ConfigError: there is no such file, module or class, its code fails, or the class is no rule.
+        ConfigError: there is no such file, module or class, its code fails, or the class is not a rule.
     """
     if name in _memory:
         return _memory[name]
     if name.startswith(IN_MEMORY):
-        raise ConfigError(f"rule {name!r} was in the memory of the program that began this; give it again from there")
+        raise ConfigError(f"rule {name!r} was defined in the memory of the program that started this; continue from there")
     where, _, kind = name.rpartition(":")
     if not where or not kind:
         raise ConfigError(f"rule {name!r}: say file and class, such as my_rule.py:MyRule")
@@ -36,48 +36,48 @@ def load_class(name: str) -> type[CreditRule]:
         hint = f"; did you mean {near[0]!r}?" if near else f". Its rules: {', '.join(rules) or 'none'}"
         raise ConfigError(f"{where} has no class {kind!r}{hint}")
     if not _is_rule(member):
-        raise ConfigError(f"{name} is no rule: derive the class from apical.CreditRule, or from EdgeRule or CutRule")
+        raise ConfigError(f"{name} is not a rule: derive the class from apical.CreditRule, or from EdgeRule or CutRule")
     if missing := _missing(member):
-        raise ConfigError(f"{name} is no complete rule: it has no method {missing[0]!r}")
+        raise ConfigError(f"{name} is not a complete rule: it has no method {missing[0]!r}")
     rule: type[CreditRule] = member
     return rule
 
 
 def remember(kind: type[CreditRule]) -> str:
-    """Keep a class of this process; returns the name by which :func:`load_class` knows it.
+    """Register a class of this process; return its name for :func:`load_class`.
 
     Raises:
         ConfigError: it is no rule.
     """
     if not _is_rule(kind):
         what = repr(kind) if isinstance(kind, type) else f"a {type(kind).__name__}"
-        raise ConfigError(f"{what} is no rule: give a class derived from apical.CreditRule")
+        raise ConfigError(f"{what} is not a rule: pass a class derived from apical.CreditRule")
     if missing := _missing(kind):
-        raise ConfigError(f"{kind.__name__} is no complete rule: it has no method {missing[0]!r}")
+        raise ConfigError(f"{kind.__name__} is not a complete rule: it has no method {missing[0]!r}")
     name = IN_MEMORY + kind.__name__
     _memory[name] = kind
     return name
 
 
 def checked(rule: CreditRule, credit: object) -> Credit:
-    """What a rule returned of a batch.
+    """Return the credit that a rule returned for a batch.
 
     Raises:
-        ConfigError: it is no credit.
+        ConfigError: it is not a credit.
     """
     if not isinstance(credit, Credit):
-        raise ConfigError(f"{type(rule).__name__}.forward returns a {type(credit).__name__}, no apical.core.credit.Credit")
+        raise ConfigError(f"{type(rule).__name__}.forward returns a {type(credit).__name__}, not apical.core.credit.Credit")
     return credit
 
 
 def title(kind: type[CreditRule]) -> str:
-    """The first line of the class's own docstring; its name where it has none."""
+    """Return the first line of the class's own docstring; its name if it has none."""
     text = inspect.cleandoc(kind.__dict__.get("__doc__") or "")
     return text.splitlines()[0].rstrip(".") if text else kind.__name__
 
 
 def origin(name: str) -> str:
-    """A sentence on where the rule's code lies, with the checksum that it has now."""
+    """Return a sentence with the location and the present checksum of the rule's code."""
     kind = load_class(name)
     if name in _memory:
         return f"{kind.__name__} comes from memory ({kind.__module__}), sha256 {own_code.source_checksum(kind)}"
@@ -87,7 +87,7 @@ def origin(name: str) -> str:
 
 
 def changes(name: str, notes: object) -> list[str]:
-    """How the code of a rule of the user's differs from what the notes of a run say of it; nothing for one of apical's."""
+    """Return how the code of a user's rule differs from the notes of a run; nothing for a rule of apical."""
     if ":" not in name or not isinstance(notes, list):
         return []
     head, mark, now = origin(name).partition(" comes from ")
@@ -101,5 +101,5 @@ def _is_rule(value: object) -> bool:
 
 
 def _missing(kind: type[CreditRule]) -> list[str]:
-    """Methods that a base leaves to the class and the class does not have. Modules have no metaclass that would tell."""
+    """Return methods that a base requires but the class lacks. Modules have no metaclass that would check this."""
     return [name for name, _ in inspect.getmembers(kind, lambda m: getattr(m, "__isabstractmethod__", False))]

@@ -1,4 +1,4 @@
-"""What a study writes: results.json, figures and one page."""
+"""The output of a study: results.json, figures and one page."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def write(
     drawings: Sequence[Drawing],
     page: Callable[[Mapping[str, Any], Sequence[Drawing]], str] | None = None,
 ) -> None:
-    """results.json, each figure as PNG and SVG, and report.html.
+    """Write results.json, each figure as PNG and SVG, and report.html.
 
     Args:
         results: title, about, sources, verdicts, tables, command, settings, environment.
@@ -31,7 +31,7 @@ def write(
 
 
 def rounded(value: Any) -> Any:
-    """The same with every float to five significant digits.
+    """Return the value with every float rounded to five significant digits.
 
     >>> rounded({"a": [1 / 3, 2]})
     {'a': [0.33333, 2]}
@@ -44,7 +44,7 @@ def rounded(value: Any) -> Any:
 
 
 def compact(value: Any) -> str:
-    """Indented JSON with every list of numbers on one line.
+    """Return indented JSON with every list of numbers on one line.
 
     >>> print(compact({"a": [1, 2.5]}))
     {
@@ -56,7 +56,7 @@ def compact(value: Any) -> str:
 
 
 def study_page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
-    """The study as one HTML page, without script or network; every name and value is escaped."""
+    """Return the study as one HTML page, without script or network; every name and value is escaped."""
     tables = "".join(
         f"<h2>{escape(part['title'])}</h2><p>{escape(part['note'])}</p>{table(part['header'], part['rows'])}"
         for part in results["tables"]
@@ -68,12 +68,12 @@ def study_page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
 {"".join(map(figure_block, drawings))}
 {tables}
 {reproduce(results["command"], pairs(results["settings"]), pairs(results["environment"]))}
-<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG.</p>"""
+<p class="note">The figures are also next to this page, as PNG (200 dpi) and SVG.</p>"""
     return document(results["title"], results["about"], body, full=True)
 
 
 def _verdicts(rows: Sequence[Mapping[str, Any]]) -> str:
-    heads = ("Verdict", "Quantity", "Here, mean [95 % interval]", "Mark", "Rule", "n", "p, Student", "p, sign flips")
+    heads = ("Verdict", "Quantity", "Here, mean [95 % interval]", "Mark", "Rule", "n", "p, Student", "p, sign-flip")
     lines = []
     for row in rows:
         measured = f"{row['mean']:.4g}"

@@ -1,9 +1,9 @@
 """Papers: recipes for `apical compare --recipe`, and tables and figures for `apical reproduce PAPER/TABLE`.
 
-A paper is a :class:`Paper` that an installed package names under the entry-point group `apical.papers`; those of apical are
-in the package `apical_papers`. A table is either a study of trainings, run by the engine of `apical compare`, or a module
-with a command line of its own. A budget says how much of it is done. A verdict is given only where the budget reaches what
-it takes: the epoch that a number is about, enough seeds, data that are not cut; else it is "budget too small to tell".
+A paper is a :class:`Paper` that an installed package registers under the entry-point group `apical.papers`; those of apical
+are in the package `apical_papers`. A table is either a study of trainings, run by the engine of `apical compare`, or a
+module with its own command line. A budget sets how much of it is run. A verdict is given only if the budget is large enough:
+it must reach the epoch of the number, with enough seeds and all data; otherwise it is "budget too small to tell".
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,14 +20,14 @@ Budget = Literal["smoke", "cpu", "paper"]
 BUDGETS: tuple[Budget, ...] = ("smoke", "cpu", "paper")
 
 SEEDS = 3
-"""Seeds from which a verdict is given."""
+"""Smallest number of seeds for a verdict."""
 
 GROUP = "apical.papers"
-"""The entry-point group under which packages name their papers."""
+"""The entry-point group under which packages register their papers."""
 
 Sizes = dict[str, int | float | str]
 Given = Mapping[str, int | float | str]
-"""Options of a run that decide its size: --epochs, --seeds, --train-limit, --generations ..."""
+"""Options that determine the size of a run: --epochs, --seeds, --train-limit, --generations ..."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Table:
     """One table or figure.
 
     Attributes:
-        study: name of the study that it is; or empty, and then
-        module: with a `main(arguments)` that takes `--out` and the sizes as options.
-        needs: sizes of a module's run from which its verdicts are meant.
-        result: what the module writes: a "folder" with results.json, or a "file", of which its `verdicts` makes the rows.
+        study: name of the study of trainings; if it is empty,
+        module: module with a `main(arguments)` that takes `--out` and the sizes as options.
+        needs: smallest sizes of a module's run for which its verdicts are valid.
+        result: what the module writes: a "folder" with results.json, or a "file", from which its `verdicts` makes the rows.
         side_by_side: whether the module takes --jobs.
-        hours: measured wall-clock hours on two virtual cores that other work shared, by budget.
+        hours: measured wall-clock hours on two shared virtual cores, by budget.
     """
 
     title: str
@@ -58,8 +58,8 @@ class Claims(NamedTuple):
 
     Attributes:
         source: paper and table.
-        columns: short names of rules, by the paper's heading of the column.
-        rows: for each criterion a verdict per column; a claim that says "unclear" is left out.
+        columns: short names of rules, by the paper's column heading.
+        rows: for each criterion a verdict per column; "unclear" claims are left out.
     """
 
     source: str
@@ -69,15 +69,15 @@ class Claims(NamedTuple):
 
 @dataclass(frozen=True)
 class Paper:
-    """What one paper, or one family of papers, brings.
+    """The recipes, tables and claims of one paper or one family of papers.
 
     Attributes:
-        title: of the paper, or of the first of the family.
-        reference: authors, where it appeared and "arXiv NUMBER" or "doi NUMBER"; those of further papers after semicolons.
+        title: title of the paper, or of the first of the family.
+        reference: authors, venue and "arXiv NUMBER" or "doi NUMBER"; further papers after semicolons.
         studies: recipes by name, for `apical compare --recipe`.
         tables: by name, for `apical reproduce PAPER/TABLE`.
         evolutions: recipes by name, for `apical evolve --recipe`.
-        claims: what it says of the plausibility of rules, for `apical audit`.
+        claims: its claims about the plausibility of rules, for `apical audit`.
     """
 
     title: str = ""
@@ -90,15 +90,15 @@ class Paper:
 
 @cache
 def papers() -> dict[str, Paper]:
-    """All installed papers, by the name of their entry point.
+    """Return all installed papers, by the name of their entry point.
 
     Raises:
-        ConfigError: none are installed, one cannot be loaded, or two have one name.
+        ConfigError: none is installed, one cannot be loaded, or two have the same name.
     """
     installed: dict[str, Paper] = {}
     for entry in entry_points(group=GROUP):
         if entry.name in installed:
-            raise ConfigError(f"two installed packages bring a paper {entry.name!r} (entry-point group {GROUP}); remove one")
+            raise ConfigError(f"two installed packages have a paper {entry.name!r} (entry-point group {GROUP}); remove one")
         installed[entry.name] = _load(entry)
     if not installed:
         raise ConfigError(f"no papers are installed (entry-point group {GROUP}); install apical with pip, also from a clone")
@@ -108,22 +108,22 @@ def papers() -> dict[str, Paper]:
 def _load(entry: EntryPoint) -> Paper:
     try:
         paper = entry.load()
-    except Exception as error:  # of somebody else's package
+    except Exception as error:  # from another package
         raise ConfigError(f"the paper {entry.name!r} ({entry.value}) cannot be loaded: {error!r}") from error
     if not isinstance(paper, Paper):
-        raise ConfigError(f"the paper {entry.name!r} ({entry.value}) is no apical.bench.papers.Paper")
+        raise ConfigError(f"the paper {entry.name!r} ({entry.value}) is not an apical.bench.papers.Paper")
     return paper
 
 
 @cache
 def studies() -> dict[str, Study]:
-    """The recipes of all papers, by name."""
+    """Return the recipes of all papers, by name."""
     return _together("studies", "recipe")
 
 
 @cache
 def evolutions() -> dict[str, EvolutionRecipe]:
-    """The recipes of evolutions of all papers, by name."""
+    """Return the evolution recipes of all papers, by name."""
     return _together("evolutions", "evolution recipe")
 
 
@@ -138,36 +138,36 @@ def _together(attribute: str, kind: str) -> dict[str, Any]:
 
 
 def claims() -> tuple[Claims, ...]:
-    """What all papers claim of the plausibility of rules."""
+    """Return the claims of all papers about the plausibility of rules."""
     return tuple(table for paper in papers().values() for table in paper.claims)
 
 
 @cache
 def tables() -> dict[str, dict[str, Table]]:
-    """The tables of all papers that have any, by paper and name."""
+    """Return the tables of all papers that have any, by paper and name."""
     return {name: dict(paper.tables) for name, paper in papers().items() if paper.tables}
 
 
 def table_of(
     studies: Mapping[str, Study], name: str, smoke: Sizes, cpu: Sizes, paper: Sizes, hours: dict[Budget, float] | None = None
 ) -> Table:
-    """The table that a study of trainings is.
+    """Make a table from a study of trainings.
 
     Args:
         smoke, cpu, paper: sizes of the three budgets.
     """
     study = studies[name]
-    if study.default.validation:  # thousands of images, that every rule and seed would look at
+    if study.default.validation:  # thousands of images, which every rule and seed would evaluate
         smoke = {**smoke, "validation": 200}
     return Table(study.title, {"smoke": smoke, "cpu": cpu, "paper": paper}, study=name, hours=hours or {})
 
 
 def own_study(title: str, module: str, smoke: Given, cpu: Given, paper: Given, **more: Any) -> Table:
-    """The table of a module with a command line of its own; its verdicts are meant for the counts that the budget "cpu" has.
+    """Make the table of a module with its own command line; its verdicts are valid from the sizes of the budget "cpu".
 
     Args:
         smoke, cpu, paper: sizes of the three budgets.
-        more: what is other than that.
+        more: fields that differ from these.
     """
     needs = {name: size for name, size in cpu.items() if isinstance(size, int)}
     usual = {"module": module, "needs": needs, "side_by_side": True}
@@ -183,11 +183,11 @@ def seed_study(
     least: int | None = None,
     hours: dict[Budget, float] | None = None,
 ) -> Table:
-    """The table of a study that runs seed by seed; its verdicts are meant for what the budget "cpu" has.
+    """Make the table of a study that runs seed by seed; its verdicts are valid from the sizes of the budget "cpu".
 
     Args:
-        epochs, seeds: of the three budgets.
-        least: seeds from which verdicts are meant, where fewer do.
+        epochs, seeds: sizes of the three budgets.
+        least: smallest number of seeds for verdicts, if fewer are enough.
     """
     smoke, cpu, paper = ({"epochs": n, "seeds": k} for n, k in zip(epochs, seeds, strict=True))
     needs = {**cpu, "seeds": least or seeds[1]}
@@ -195,17 +195,17 @@ def seed_study(
 
 
 def cut(images: int, epochs: int = 1, seeds: int = 2) -> Sizes:
-    """A smoke budget: so many training images."""
+    """Make a smoke budget with this many training images."""
     return {"epochs": epochs, "seeds": seeds, "train_limit": images, "test_limit": 200}
 
 
 def too_small(table: Table, sizes: Sizes) -> bool:
-    """Whether a module's run is smaller than its verdicts are meant for."""
+    """Return whether a module's run is too small for its verdicts."""
     return any(int(sizes[name]) < int(least) for name, least in table.needs.items() if name in sizes)
 
 
 def claimed(rule: str, tables: Iterable[Claims]) -> dict[str, str]:
-    """What the tables say of a rule, by criterion; empty where they say nothing; the first that says anything counts.
+    """Return the tables' claims about a rule, by criterion; the first table that has the rule counts.
 
     >>> table = Claims("a paper", {"WM": ("wm",), "SF": ("usf", "frsf")}, {"one_phase": ("no", "unclear")})
     >>> claimed("wm", [table]), claimed("usf", [table]), claimed("dfc", [table])

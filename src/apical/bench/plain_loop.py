@@ -1,4 +1,4 @@
-"""Training without a run folder: nothing is measured, kept or resumed. For audits, and for the scikit-learn estimator."""
+"""Training without a run folder: nothing is measured, saved or resumed. For audits and the scikit-learn estimator."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def train(rule: CreditRule, recipe: Recipe, dataset: Dataset, on_step: Callable[
     """Train a rule by its recipe, in one pass per epoch that learns forward and feedback weights together.
 
     Args:
-        on_step: is told how many steps are done, and the loss of the last one before it taught.
+        on_step: called with the number of finished steps, and the loss of the last step before its update.
 
     Raises:
         ConfigError: a weight is no longer finite.
@@ -66,7 +66,7 @@ def fit(
     *,
     drop_last: bool = False,
 ) -> None:
-    """One pass over the samples in an order drawn anew, a step for each batch."""
+    """Train for one pass over the samples in a new random order, one step per batch."""
     order = torch.randperm(len(train), generator=generator)
     for samples in order[: len(order) // batch * batch if drop_last else None].split(batch):
         optimizer.zero_grad()
@@ -77,6 +77,6 @@ def fit(
 
 @torch.no_grad()
 def accuracy(rule: CreditRule, test: Split, batch: int | None = None) -> float:
-    """Share of the samples whose class the rule's network answers, all at once or in batches."""
+    """Return the share of samples that the rule's network classifies correctly, computed in batches if asked for."""
     answers = torch.cat([rule.answer(part) for part in test.inputs.split(batch or len(test))])
     return float((answers.argmax(1) == test.targets).double().mean())

@@ -1,4 +1,4 @@
-"""A study as a program: its command line, and seeds that run side by side and are kept as they are finished."""
+"""A study as a program: its command line, and seeds that run in parallel and are saved as soon as they finish."""
 
 import shlex
 import sys
@@ -26,7 +26,7 @@ from apical.errors import ApicalError
 Options = TypeVar("Options", bound="Kept")
 
 Cells = Sequence[dict[str, Any]]
-"""What was kept of each seed."""
+"""Saved results of each seed."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Seeds:
     """Options of a study that runs seed by seed."""
 
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder for the results; seeds that are in it already are kept."""
+    """Folder for the results; seeds already in it are kept."""
     seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights and data orders."""
+    """Number of seeds, for initial weights and data orders."""
     jobs: Annotated[int, arg(metavar="N")] = 0
-    """Seeds side by side; 0: one per core."""
+    """Seeds run in parallel; 0: one per core."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class SeedOptions(Seeds):
 
 
 def about_study(title: str, about: str, our_mark: str, **sources: str) -> dict[str, Any]:
-    """What results say of a study: its title, what was done, and how its marks are meant.
+    """Description of a study in its results: title, what was done, and the meaning of its marks.
 
     Args:
-        sources: of marks that are not ours, and how they are meant.
+        sources: sources of marks that are not ours, and their meaning.
     """
     return {"title": title, "about": about, "sources": {"our mark": our_mark, **sources}}
 
@@ -61,10 +61,10 @@ def about_study(title: str, about: str, our_mark: str, **sources: str) -> dict[s
 def in_order(
     jobs: int, parts: Iterable[Part], make: Callable[[Part], Any], out: Path, name: Callable[[Part, Any], str] | None = None
 ) -> list[Any]:
-    """What `make` makes of each part, in the order of the parts; otherwise as :func:`apical.bench.cells.side_by_side`.
+    """Return the result of `make` for each part, in order; otherwise like :func:`apical.bench.cells.side_by_side`.
 
     Args:
-        name: of a part and what was made of it; it is printed with the seconds that it took, as soon as it is finished.
+        name: makes a line from a part and its result; it is printed with the seconds taken as soon as the part is finished.
     """
     parts, finished = list(parts), dict[int, Any]()
     for part, content in side_by_side(jobs, parts, make, out):
@@ -84,17 +84,17 @@ def by_seed(
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html.
+    """Run the seeds that are not saved yet, then write results.json and report.html.
 
     Args:
-        options: of the command line.
-        cell: (seed, epochs) -> what to keep of the seed, (seed) where nothing is trained; a module's function, for other
-            processes are handed it.
-        settings: shown, and held against those with which kept seeds were made.
+        options: options of the command line.
+        cell: (seed, epochs) -> results to save for the seed, or (seed) if nothing is trained; a module-level function, so
+            that it can be passed to other processes.
+        settings: shown, and compared with those of the saved seeds.
         about: title, about and sources of the results.
 
     Raises:
-        CheckpointError: the folder holds seeds with other settings.
+        CheckpointError: the folder contains seeds with other settings.
     """
     passes = {"epochs": options.epochs} if isinstance(options, SeedOptions) else {}
     config = {**passes, **settings}
@@ -114,7 +114,7 @@ def keep_results(
     tables: list[Row],
     drawings: Sequence[Drawing | None] = (),
 ) -> dict[str, Any]:
-    """Write results.json, figures and report.html of a study whose cells have `seconds`; returns what results.json holds."""
+    """Write results.json, figures and report.html of a study whose cells have `seconds`; return results.json's content."""
     results = {
         **about,
         "command": command,
@@ -133,9 +133,9 @@ class SeedStudy:
     """A study that runs seed by seed, as a program; see :func:`by_seed`.
 
     Attributes:
-        module: that it stands in, which `python -m` runs.
-        passes: what its epochs are, where they are no passes over all the data.
-        out: where results go if nothing else is asked for; a folder named after the module without this.
+        module: the study's module, which `python -m` runs.
+        passes: meaning of its epochs, if they are not passes over all the data.
+        out: default folder of the results; by default named after the module.
     """
 
     module: str
@@ -151,7 +151,7 @@ class SeedStudy:
     out: str = ""
 
     def __call__(self, arguments: Sequence[str] | None = None) -> int:
-        """Run the command line; returns the exit status."""
+        """Run the command line; return the exit status."""
         out = Path(self.out or f"results/{'-'.join(self.module.split('.')[1:])}")
         default = SeedOptions(out, self.seeds, self.jobs, self.epochs)
         description = f"{self.about['title']}. " + (f"Epochs: {self.passes}" if self.passes else "")
@@ -169,11 +169,11 @@ def _kept_seed(
 
 
 LEAST = {"seeds": 2, "jobs": 0, "train_limit": 0}
-"""What a whole number that a study takes must be at least; every other one, 1."""
+"""Smallest values of a study's integer options; 1 for every other one."""
 
 
 class Kept(Protocol):
-    """Options of a study: at least a folder, in which what is finished is kept."""
+    """Options of a study: at least a folder, in which finished parts are kept."""
 
     @property
     def out(self) -> Path:
@@ -189,16 +189,16 @@ def run_command(
     least: Mapping[str, int] = MappingProxyType({}),
     **shown: Any,
 ) -> int:
-    """`python -m MODULE ...`: check its options, run a study and print its verdicts; returns the exit status.
+    """Run a study as `python -m MODULE ...`: check its options, run it and print its verdicts; return the exit status.
 
-    Within, Matplotlib has the settings of all our figures.
+    Matplotlib uses the settings of all our figures during the run.
 
     Args:
-        options: what its command line takes.
-        study: maps options and the command to what results.json holds.
-        arguments: of the command line; None for those of this process.
-        least: of options for which :data:`LEAST` is not enough, or too much.
-        shown: passed on to tyro.
+        options: options of its command line.
+        study: maps options and the command to the content of results.json.
+        arguments: arguments of the command line; None for those of this process.
+        least: smallest values of options for which :data:`LEAST` is not right.
+        shown: passed to tyro.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = tyro.cli(options, prog=f"python -m {module}", args=arguments, **shown)
@@ -211,7 +211,7 @@ def run_command(
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = "the same command (apical reproduce: with --resume) goes on from what is in"
+        how = "the same command (apical reproduce: with --resume) continues from what is in"
         print(f"stopped; {how} {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:

@@ -1,4 +1,4 @@
-"""What a person sees while runs train: a live table or plain lines, read from the run folders, and the final table."""
+"""Display of runs while they train: a live table or plain lines, read from the run folders, and the final table."""
 
 import math
 import statistics
@@ -19,17 +19,17 @@ from apical.bench.state import parse_object, read_json
 from apical.errors import CheckpointError
 
 LINES = 45
-"""About how many lines are printed where there is no terminal; a run's last epoch has one in any case."""
+"""Approximate number of lines printed if there is no terminal; a run's last epoch always has one."""
 
 
 @dataclass
 class Watched:
-    """One run folder and how far it was read.
+    """One run folder and how much of it has been read.
 
     Attributes:
-        rule, seed, folder: of the run.
-        read: bytes of metrics.jsonl that are known.
-        last: the last line of these: where it no longer stands there, the file is another one, and is read from its start.
+        rule, seed, folder: those of the run.
+        read: bytes of metrics.jsonl read so far.
+        last: the last line read: if it is no longer at its place, the file was replaced and is read from its start.
         line: metrics of the last finished epoch.
         times: milliseconds per step in each epoch.
     """
@@ -43,7 +43,7 @@ class Watched:
     times: dict[int, float] = field(default_factory=dict)
 
     def news(self) -> list[dict[str, Any]]:
-        """Whole lines that metrics.jsonl has gained since the last look; it is for the training to refuse damaged ones."""
+        """Return complete lines added to metrics.jsonl since the last call; the training itself refuses damaged ones."""
         try:
             with open(self.folder.metrics, "rb") as file:
                 file.seek(self.read - len(self.last))
@@ -84,8 +84,8 @@ class Watch:
     """Shows runs on a console: one live table in a terminal, otherwise lines of text.
 
     Args:
-        epochs: that they are trained for.
-        anew: what their folders hold now will be replaced.
+        epochs: number of epochs to train.
+        anew: the present content of their folders will be replaced.
     """
 
     def __init__(self, console: Console, runs: Sequence[Watched], epochs: int, *, anew: bool = False) -> None:
@@ -96,7 +96,7 @@ class Watch:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Within, :meth:`refresh` has a place to draw. Epochs from before count as known."""
+        """Show runs within the block, updated by :meth:`refresh`. Earlier epochs are not printed again."""
         for run in self._runs if not self._anew else ():
             run.news()
         if not self._console.is_terminal:
@@ -108,7 +108,7 @@ class Watch:
         self._live = None
 
     def refresh(self) -> None:
-        """Read what is new and show it; cheap to call often."""
+        """Read and show new epochs; cheap to call often."""
         if self._live is not None and time.monotonic() - self._shown < 0.2:
             return
         self._shown = time.monotonic()
@@ -122,7 +122,7 @@ class Watch:
             self._live.update(self._table(), refresh=True)
 
     def _is_shown(self, epoch: int) -> bool:
-        """Whether an epoch has a line: every one, or every so-manyth and the last, so that there are not too many lines."""
+        """Return whether an epoch gets a line: all of them, or every nth and the last if there would be too many lines."""
         return epoch == self._epochs or self._every == 1 or (epoch > 0 and epoch % self._every == 0)
 
     def _table(self) -> Table:
@@ -139,20 +139,20 @@ class Watch:
 
 
 def score_name(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What :func:`score` shows of these lines: the accuracy or, where none has one but some a loss, the test loss."""
+    """Return the name of what :func:`score` shows: accuracy or, if no line has one but some have a loss, the test loss."""
     losses = any(line.get("test_loss") is not None for line in lines)
     return "test loss" if losses and all(line.get("test_accuracy") is None for line in lines) else "test accuracy"
 
 
 def score(line: Mapping[str, Any]) -> str:
-    """The test accuracy of an epoch or run or, where it has none, as in regression, the test loss."""
+    """Return the test accuracy of an epoch or run or, if it has none, as in regression, the test loss."""
     if line.get("test_accuracy") is None:
         return number(line.get("test_loss"), ".4g")
     return percent(line["test_accuracy"])
 
 
 def describe(line: Mapping[str, Any], epochs: int) -> str:
-    """One epoch in one line of text."""
+    """Return one epoch as one line of text."""
     return (
         f"epoch {line['epoch']:3d}/{epochs}  train loss {number(line['train_loss'], '.4f'):>7s}  "
         f"{score_name([line]).removesuffix(' accuracy')} {score(line):>7s}  {number(line['ms_per_step'], '.2f')} ms/step"
@@ -160,7 +160,7 @@ def describe(line: Mapping[str, Any], epochs: int) -> str:
 
 
 def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The final table of a comparison: per rule, over its seeds that finished, means, deviation and the median of times."""
+    """Return the final table of a comparison: per rule, means, deviations and median times over the finished seeds."""
     name = score_name(rows)
     units = ("bits_per_token", "perplexity") if any("perplexity" in row for row in rows) else ()  # of a text
     table = Table(box=None, pad_edge=False)
@@ -188,23 +188,23 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def number(value: float | None, form: str) -> str:
-    """The formatted value, "-" for None."""
+    """Return the formatted value, "-" for None."""
     return "-" if value is None else format(value, form)
 
 
 def percent(value: float | None) -> str:
-    """A fraction as a percentage, "-" for None."""
+    """Return a fraction as a percentage, "-" for None."""
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def _over(middle: Callable[[list[float]], float], rows: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-    """The mean or median of a measurement over seeds."""
+    """Return the mean or median of a measurement over seeds."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return format(middle(values), form) if values else "-"
 
 
 def shown_path(path: Path) -> str:
-    """A path as the user would type it: relative to the current folder where it lies within."""
+    """Return a path as the user would type it: relative to the current folder if it is inside."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What environment.json says: versions, commit and machine."""
+"""Content of environment.json: versions, commit and machine."""
 
 import platform
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def environment(device: str, threads: int, processes: int = 1) -> dict[str, Any]:
-    """What environment.json says: versions, commit, machine, device, start time."""
+    """Return the content of environment.json: versions, commit, machine, device, start time."""
     import torch
 
     import apical
@@ -31,7 +31,7 @@ def environment(device: str, threads: int, processes: int = 1) -> dict[str, Any]
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The git commit apical runs from, with "+changes" if the files differ from it; None for an installed package."""
+    """Return the git commit apical runs from, with "+changes" if files differ from it; None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")

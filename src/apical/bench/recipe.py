@@ -1,4 +1,4 @@
-"""The recipe of one training: a frozen dataclass whose fields decide the result, checked when it is made. No torch here."""
+"""The recipe of one training: a frozen dataclass whose fields determine the result, checked on creation. No torch here."""
 
 import ast
 import hashlib
@@ -30,10 +30,10 @@ FEEDBACK_FIELDS = (
     "feedback_passes",
     "feedback_fraction",
 )
-"""Fields that matter only to rules which learn their feedback weights apart from the forward weights."""
+"""Fields that matter only to rules that learn their feedback weights separately from the forward weights."""
 
 CHECKSUMS = ("data_sha256", "model_sha256")
-"""Fields that say what the user's own data and model were; empty for those with a name."""
+"""Fields that identify the user's own data and model; empty for named ones."""
 
 FREE_FIELDS = ("epochs", "threads", "device", "checkpoint_steps")
 """Fields in which a resumed run may differ from the saved one (epochs only upwards)."""
@@ -48,20 +48,20 @@ _LATER: dict[str, Any] = {
     "init": "",
     "compile": False,
 }
-"""Fields that recipes got after results had been kept under their hashes, which leave these values out."""
+"""Fields added to recipes after results had been saved under their hashes; hashes leave these values out."""
 _BESIDE = ("threads", "device", "checkpoint_steps", "trajectory", "measure")
 LARGEST = 1e30
-"""Of rates and decays: what steps make of larger ones does not fit into float32."""
+"""Largest rate or decay: with larger ones, updates do not fit into float32."""
 _PASSES = ("pretrain_epochs", "feedback_passes")
 _COUNTS = ("lr_cosine", "lr_warmup", "epoch_steps", "warmup_steps", "checkpoint_steps", "trajectory")
 _FORWARD = "as the forward weights"
 
 
 class Option(NamedTuple):
-    """How a setting is written on the command line, where its type and value do not say it.
+    """How a setting is shown on the command line, where its type and default do not determine it.
 
     Attributes:
-        metavar: the value's place holder.
+        metavar: placeholder of the value.
         default: the default in words.
     """
 
@@ -71,7 +71,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the outcome of one training.
+    """All settings that determine the outcome of one training.
 
     The text below a field is also its help on the command line.
 
@@ -88,81 +88,81 @@ class Recipe:
     context: int = 64
     """Tokens in a window of a text, and in the sequences of copy and recall."""
     tokens: Tokens = "characters"
-    """What a token of a text is: one of its 95 commonest characters or another one, or a byte."""
+    """Tokens of a text: characters, with all but the 95 most common as one token, or bytes."""
     model: Annotated[str, Option("NAME|FILE.py:CLASS")] = "mlp-256-256"
     """Network (`apical list models`), or your own class or function that makes one; its code is run."""
     epochs: int = 20
     """Passes over the training images."""
     epoch_steps: Annotated[int, Option("N", "all images")] = 0
-    """End a pass after so many steps; the next one draws anew from all training images."""
+    """End a pass after this many steps; the next one draws again from all training images."""
     batch_size: int = 32
-    """Images per step, over all processes together."""
+    """Images per step, summed over all processes."""
     optimizer: Optimizer = "sgd"
-    """Optimiser; all but sgd and adam decay weights apart from gradients, input-adam is apical.optim.InputAdam, muon leaves
-    what is no matrix to adamw."""
+    """Optimiser; all but sgd and adam use decoupled weight decay, input-adam is apical.optim.InputAdam, muon uses adamw for
+    parameters that are not matrices."""
     lr: Annotated[tuple[float, ...], Option("RATE ...", "0.02, or tuned for the rule")] = (0.02,)
-    """Learning rates, one after the other."""
+    """Learning rate, or several in sequence (see --lr-epochs)."""
     lr_epochs: tuple[int, ...] = ()
     """Finished epochs after which the next learning rate starts."""
     lr_cosine: Annotated[int, Option("EPOCHS", "off")] = 0
-    """Let the learning rate fall to --lr-min over so many epochs, along half a cosine."""
+    """Decrease the learning rate to --lr-min over this many epochs, along half a cosine."""
     lr_min: Annotated[float, Option("RATE")] = 0.0
-    """Where --lr-cosine ends."""
+    """Learning rate at the end of --lr-cosine."""
     lr_final: Annotated[float, Option("SHARE", "--lr-min")] = 0.0
-    """Where it ends, as a share of --lr."""
+    """Learning rate at the end of --lr-cosine, as a share of --lr."""
     lr_warmup: Annotated[int, Option("STEPS", "off")] = 0
-    """Steps at the start over which the learning rate rises to --lr; --lr-cosine then falls with each step, not epoch."""
+    """Steps at the start over which the learning rate rises to --lr; --lr-cosine then acts per step instead of per epoch."""
     warmup_steps: int = 0
     """Steps at the start over which gradients grow to their full size: 1/N, 2/N, ... of it."""
     centralise: bool = False
-    """Subtract from each weight's gradient its mean over inputs (gradient centralisation)."""
+    """Subtract from each weight gradient its mean over inputs (gradient centralisation)."""
     momentum: float = 0.9
-    """Momentum of sgd, beta1 of the others."""
+    """Momentum of sgd, beta1 of the other optimisers."""
     beta2: float = 0.999
-    """beta2 of all but sgd."""
+    """beta2 of all optimisers except sgd."""
     eps: Annotated[float, Option("X", "1e-8")] = 1e-8
-    """eps of all but sgd."""
+    """eps of all optimisers except sgd."""
     clip: Annotated[float, Option("NORM", "off")] = 0.0
-    """Largest norm of a step's gradient, of each weight tensor by itself and of all feedback weights together."""
+    """Clip gradients to this norm, for each weight tensor separately and for all feedback weights together."""
     clip_over: ClipOver = "tensor"
-    """Clip each weight tensor by itself, or the network as one."""
+    """Clip each weight tensor separately, or the network as a whole."""
     weight_decay: Annotated[tuple[float, ...], Option("X ...", "what suits the rule")] = ()
-    """Weight decays, one after the other."""
+    """Weight decay, or several in sequence (see --weight-decay-epochs)."""
     weight_decay_epochs: tuple[int, ...] = ()
     """Finished epochs after which the next weight decay starts."""
     decay_on: DecayOn = "all"
-    """What decays: all forward weights, or matrices and kernels only, not biases, gains and tables of embeddings."""
+    """Parameters that decay: all forward weights, or only matrices and kernels, not biases, gains and embeddings."""
     loss: Annotated[LossName, Option("cross_entropy|squared|mse|token_cross_entropy", "by the targets")] = "cross_entropy"
-    """Loss; cross_entropy is for labels, token_cross_entropy for sequences, mse for numbers, squared is half the squared
-    distance to one-hot targets."""
+    """Loss; cross_entropy is for labels, token_cross_entropy for sequences, mse for numeric targets, squared is half the
+    squared distance to one-hot targets."""
     feedback_lr: Annotated[float | None, Option("RATE", _FORWARD)] = None
-    """Learning rate of feedback weights, where the rule learns them apart."""
+    """Learning rate of feedback weights, if the rule learns them separately."""
     feedback_beta1: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their momentum of sgd, beta1 of the others."""
+    """Momentum (sgd) or beta1 of the feedback weights."""
     feedback_beta2: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their beta2 of all but sgd."""
+    """beta2 of the feedback weights, for all optimisers except sgd."""
     feedback_eps: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their eps of all but sgd."""
+    """eps of the feedback weights, for all optimisers except sgd."""
     feedback_weight_decay: Annotated[float | None, Option("X", _FORWARD)] = None
-    """Their weight decay, which has no schedule."""
+    """Weight decay of the feedback weights, which has no schedule."""
     pretrain_epochs: int = 0
-    """Passes before the first epoch in which only feedback weights learn. They count as part of it."""
+    """Passes before the first epoch in which only feedback weights learn. They count as part of the first epoch."""
     pretrain_lr: Annotated[float | None, Option("RATE", "--feedback-lr")] = None
-    """Learning rate of the feedback weights in them."""
+    """Learning rate of the feedback weights in --pretrain-epochs."""
     feedback_passes: int = 0
-    """Passes in each epoch in which only feedback weights learn; 0 learns them in the same steps as the forward weights."""
+    """Passes per epoch in which only feedback weights learn; with 0, they learn in the same steps as the forward weights."""
     feedback_fraction: float = 1.0
-    """Share of the training batches that such a pass visits, above 0 and at most 1."""
+    """Share of the training batches used by a feedback pass, above 0 and at most 1."""
     flip: bool = False
     """Mirror training images at random."""
     crop: Annotated[int, Option("PIXELS", "off")] = 0
-    """Pad training images by so many pixels and crop at random."""
+    """Pad training images by this many pixels and crop at random."""
     validation: int = 0
     """Training images held out for validation."""
     train_limit: int | None = None
-    """Use only so many training images, a fixed random subset."""
+    """Use only this many training images, a fixed random subset."""
     test_limit: int | None = None
-    """Use only so many test images, a fixed random subset."""
+    """Use only this many test images, a fixed random subset."""
     seed: int = 0
     """Seed of weights, data order and augmentation; the split of the data does not depend on it."""
     drop_last: bool = True
@@ -170,26 +170,26 @@ class Recipe:
     amp: Amp = "off"
     """bf16: forward pass under bfloat16 autocast."""
     compile: bool = False
-    """Compile the training step with torch.compile; on a CPU it takes a C++ compiler. The first step takes longer."""
+    """Compile the training step with torch.compile; on a CPU this requires a C++ compiler. The first step takes longer."""
     device: Device = "auto"
-    """Where to compute."""
+    """Device to compute on."""
     threads: Annotated[int, Option("N", "a fair share of the cores")] = 0
     """CPU threads per process."""
     probe: int = 256
-    """Training images on which gradients are compared with backprop's after each epoch; 0 is off."""
+    """Training images on which gradients are compared with backpropagation after each epoch; 0 is off."""
     checkpoint_steps: Annotated[int, Option("N", "after each epoch")] = 0
-    """Save also every N steps within an epoch."""
+    """Also save every N steps within an epoch."""
     trajectory: Annotated[int, Option("N", "off")] = 0
-    """Keep the weights every N steps, and at start and end, for `apical landscape`."""
+    """Save the weights every N steps, and at start and end, for `apical landscape`."""
     init: Annotated[str, Option("NAME", "the model's own")] = ""
-    """Draw the initial weights anew: xavier, xavier-normal, orthogonal, critical or looks-linear."""
+    """Initialise the weights differently: xavier, xavier-normal, orthogonal, critical or looks-linear."""
     measure: Annotated[tuple[str, ...], Option("NAME ...", "off")] = ()
     """Measure the network before, halfway through and after training: persistence, coding, learnability, channel, or
-    FILE.py:FUNCTION. The report has the numbers."""
+    FILE.py:FUNCTION. The report shows the numbers."""
     data_sha256: str = ""
-    """Of the content of the user's own data, sixteen hex digits; empty where they have a name."""
+    """Checksum of the content of the user's own data, sixteen hex digits; empty for named data."""
     model_sha256: str = ""
-    """Of the file that defines the user's own model, likewise."""
+    """Checksum of the file that defines the user's own model, likewise."""
 
     def __post_init__(self) -> None:
         for option in ("epochs", "batch_size", "train_limit", "test_limit", "context"):
@@ -214,22 +214,22 @@ class Recipe:
             raise ConfigError(f"--feedback-fraction must be at most 1, got {self.feedback_fraction}")
         _check_schedule("lr", self.lr, self.lr_epochs, positive=True)
         if self.lr_cosine and len(self.lr) > 1:
-            raise ConfigError("--lr-cosine starts from one learning rate; give --lr one value")
+            raise ConfigError("--lr-cosine starts from one learning rate; set --lr to one value")
         if self.lr_final and (not self.lr_cosine or self.lr_min or self.lr_final > 1):
-            raise ConfigError("--lr-final is where --lr-cosine ends, a share of --lr up to 1; leave --lr-min out")
+            raise ConfigError("--lr-final is where --lr-cosine ends, a share of --lr up to 1; use it without --lr-min")
         _check_schedule("weight_decay", self.weight_decay, self.weight_decay_epochs, positive=False)
         parse_options(self.rule_options)
 
     def steps_per_epoch(self, examples: int) -> int:
-        """Training steps in an epoch over `examples` images.
+        """Return the number of training steps in an epoch over `examples` images.
 
         Raises:
-            ConfigError: not even one batch is full and the last one is dropped.
+            ConfigError: there is no full batch, and the last batch is dropped.
         """
         if self.drop_last and self.batch_size > examples:
             raise ConfigError(
                 f"--batch-size {self.batch_size} is larger than the {examples} training samples; "
-                "take a smaller batch or keep the last batch (--drop-last False)"
+                "use a smaller batch or keep the last batch (--drop-last False)"
             )
         steps = examples // self.batch_size if self.drop_last else math.ceil(examples / self.batch_size)
         return min(steps, self.epoch_steps or steps)
@@ -245,7 +245,7 @@ class Recipe:
         return bool(self.pretrain_epochs or self.feedback_passes)
 
     def check_targets(self, *, are_numbers: bool, are_tokens: bool = False) -> None:
-        """Refuse a loss or an augmentation that does not go with the data's targets: class labels, numbers or tokens.
+        """Refuse a loss or an augmentation that does not fit the data's targets: class labels, numbers or tokens.
 
         Raises:
             ConfigError: names the option and the remedy.
@@ -253,17 +253,17 @@ class Recipe:
         if are_numbers and self.loss != "mse":
             raise ConfigError(f"the targets of {self.data} are numbers, not classes: add --loss mse")
         if not are_numbers and self.loss == "mse":
-            raise ConfigError(f"--loss mse needs targets that are numbers; those of {self.data} are classes")
+            raise ConfigError(f"--loss mse needs numbers as targets; those of {self.data} are classes: drop --loss mse")
         if are_tokens != (self.loss == "token_cross_entropy"):
-            remedy = "add --loss token_cross_entropy" if are_tokens else "leave --loss token_cross_entropy out"
+            remedy = "add --loss token_cross_entropy" if are_tokens else "drop --loss token_cross_entropy"
             raise ConfigError(
-                f"{self.data} {'has' if are_tokens else 'has not'} a target at each token of a sequence: {remedy}"
+                f"{self.data} {'has a' if are_tokens else 'has no'} target at each token of a sequence: {remedy}"
             )
         if are_numbers and (self.flip or self.crop):
-            raise ConfigError(f"--flip and --crop would change the images of {self.data} but not their targets")
+            raise ConfigError(f"--flip and --crop would change the images of {self.data} but not their targets: drop them")
 
     def check_phases(self, *, two_phase: bool) -> None:
-        """Refuse feedback passes for a rule that has no feedback weights to learn in them.
+        """Refuse feedback passes for a rule without feedback weights that learn in them.
 
         Raises:
             ConfigError: names the option and the rule.
@@ -276,23 +276,23 @@ class Recipe:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON has them (tuples are lists)."""
+        """Return the fields as they are stored in JSON (tuples are lists)."""
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return fields
 
     def hash(self) -> str:
-        """Twelve hex digits of the fields that decide the result: all but :data:`_BESIDE`."""
+        """Return twelve hex digits of the fields that determine the result: all but :data:`_BESIDE`."""
         fields = {k: v for k, v in self.to_json().items() if k not in _BESIDE and not (k in CHECKSUMS and not v)}
         fields = {k: v for k, v in fields.items() if k not in _LATER or v != _LATER[k]}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
 WRAPPERS = ("grapes", "matched", "cwu")
-"""What may stand before the name of a rule and a colon; :data:`apical.bench.names.AROUND` says what each is."""
+"""Prefixes allowed before a rule's name and a colon; :data:`apical.bench.names.AROUND` describes them."""
 
 
 def rule_name(rule: str) -> str:
-    """What a rule is called in folders, tables and figures: its short name or, of one from a file, its class.
+    """Return a rule's name in folders, tables and figures: its short name or, for one from a file, its class.
 
     >>> rule_name("pfa-o"), rule_name("my/rules.py:Mine"), rule_name("cwu:dfa")
     ('pfa-o', 'Mine', 'cwu-dfa')
@@ -304,7 +304,7 @@ def rule_name(rule: str) -> str:
 
 
 def bare_rule(rule: str) -> str:
-    """The name of the innermost rule of a composition.
+    """Return the name of the innermost rule of a composition.
 
     >>> bare_rule("matched:grapes:bp"), bare_rule("my/rules.py:Mine")
     ('bp', 'my/rules.py:Mine')
@@ -314,11 +314,11 @@ def bare_rule(rule: str) -> str:
 
 
 def from_json(fields: dict[str, Any]) -> Recipe:
-    """The recipe of a run's config.json; a field that it lacks has its default.
+    """Return the recipe of a run's config.json; missing fields have their defaults.
 
     Raises:
         ConfigError: a value is out of range.
-        TypeError: a value is of another kind.
+        TypeError: a value has the wrong type.
     """
     check_kinds(fields)
     settings = {name: value for name, value in fields.items() if name in Recipe.__dataclass_fields__}
@@ -327,10 +327,10 @@ def from_json(fields: dict[str, Any]) -> Recipe:
 
 
 def check_kinds(fields: dict[str, Any]) -> None:
-    """Refuse values that are not of their fields' kinds, as JSON has them; other names are left alone.
+    """Refuse values that do not have their fields' types, as stored in JSON; other names are ignored.
 
     Raises:
-        TypeError: names the first field, and its value.
+        TypeError: names the first such field and its value.
 
     >>> check_kinds({"lr": [0.1, "fast"]})
     Traceback (most recent call last):
@@ -344,7 +344,7 @@ def check_kinds(fields: dict[str, Any]) -> None:
 
 @cache
 def _kinds() -> dict[str, Any]:
-    """The type of each field."""
+    """Return the type of each field."""
     return get_type_hints(Recipe)
 
 
@@ -362,10 +362,10 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Options "key=value" as a dictionary; values are Python literals, a bare word is a string.
+    """Parse options "key=value" into a dictionary; values are Python literals, a bare word is a string.
 
     Raises:
-        ConfigError: no "=" or no name, or a name given twice.
+        ConfigError: there is no "=" or no name, or a name is given twice.
 
     >>> parse_options(("expansion=4", "feedback=orthogonal"))
     {'expansion': 4, 'feedback': 'orthogonal'}
@@ -386,10 +386,10 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Each field in which two configurations differ, "field: saved vs asked"; the fields free to differ are left out.
+    """Return each field in which two configurations differ, "field: saved vs given", except the fields free to differ.
 
-    A field that a configuration lacks was added to recipes after it was written, and has its default. Data and models of the
-    user's may have been moved.
+    A field missing from a configuration was added to recipes later, and has its default. The user's own data and models may
+    have been moved.
     """
     defaults = Recipe().to_json()
     pairs = {name: (saved.get(name, value), current.get(name, value)) for name, value in defaults.items()}
@@ -425,5 +425,5 @@ def _check_schedule(option: str, values: tuple[float, ...], epochs: tuple[int, .
 
 
 def flag(option: str) -> str:
-    """A field as an option of the command line: "--batch-size"."""
+    """Return a field as an option of the command line: "--batch-size"."""
     return "--" + option.replace("_", "-")

@@ -1,4 +1,4 @@
-"""Putting a checkpoint's state back into rule and optimiser, refusing what does not belong there."""
+"""Restore a checkpoint's state into rule and optimiser, and refuse states that do not belong there."""
 
 import math
 from typing import Any
@@ -14,14 +14,14 @@ from apical.core.credit import CreditRule
 from apical.optim import InputAdam
 
 COUNTS = ("step", "mu_product")
-"""What optimisers keep as one number for a parameter; all else has a number for each of its entries, or for each input."""
+"""State that optimisers keep as one number per parameter; all other state has a number per entry or per input."""
 
 NESTED = ("logs", "layers", "depths", "measured", "matrices")
-"""What an epoch's metrics have by name; all else is one number."""
+"""Nested entries of an epoch's metrics; all others are single numbers."""
 
 
 def check_place(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> None:
-    """Refuse a place in the training that its recipe does not have.
+    """Refuse a position outside the training that the recipe describes.
 
     Raises:
         ValueError: it is past the last epoch, or past the epoch's last step.
@@ -37,7 +37,7 @@ def restore_rule(rule: CreditRule, state: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a parameter is not finite.
-        RuntimeError, TypeError, AttributeError: names, shapes or kinds differ.
+        RuntimeError, TypeError, AttributeError: names, shapes or types differ.
     """
     rule.load_state_dict(state)
     if name := not_finite(rule):
@@ -45,7 +45,7 @@ def restore_rule(rule: CreditRule, state: dict[str, Any]) -> None:
 
 
 def not_finite(rule: CreditRule) -> str:
-    """Name of a parameter that is not finite, or nothing; feedback in closed form has no values to look at."""
+    """Return the name of a parameter that is not finite, if any; feedback in closed form has no values to check."""
     values = {name: parameter for name, parameter in rule.named_parameters() if parameter.numel()}
     return next((name for name, parameter in values.items() if not bool(torch.isfinite(parameter).all())), "")
 
@@ -54,8 +54,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     """Load the optimiser's state.
 
     Raises:
-        ValueError: an option or a moment is of another kind or shape than the optimiser's own, or not finite.
-        KeyError, TypeError, AttributeError, RuntimeError: it is no optimiser's state.
+        ValueError: an option or a moment has another type or shape than in the optimiser, or is not finite.
+        KeyError, TypeError, AttributeError, RuntimeError: it is not the state of an optimiser.
     """
     before = [{**group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -75,10 +75,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 
 def restore_partial(state: dict[str, Any], sums: Sums, timer: StepTimer, feedback_timer: StepTimer) -> tuple[int, float]:
-    """Continue an epoch's sums and times; returns how many snapshots the trajectory had, and the loss before training.
+    """Continue an epoch's sums and times; return the trajectory's number of snapshots, and the loss before training.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: something is missing or of another kind.
+        ValueError, KeyError, TypeError, AttributeError: something is missing or has the wrong type.
     """
     sums.restore(state)
     timer.restore(_numbers(state["times"]))
@@ -90,10 +90,10 @@ def restore_partial(state: dict[str, Any], sums: Sums, timer: StepTimer, feedbac
 
 
 def check_line(line: dict[str, Any], epoch: object) -> None:
-    """Refuse what is not the metrics of a finished epoch.
+    """Refuse anything but the metrics of a finished epoch.
 
     Raises:
-        ValueError, TypeError: it is of another epoch, lacks a measurement, or has one that is not a finite number.
+        ValueError, TypeError: it belongs to another epoch, lacks a measurement, or has one that is not a finite number.
     """
     if type(epoch) is not int or line.get("epoch") != epoch or not {"train_loss", "test_loss", "ms_per_step"} <= line.keys():
         raise ValueError(f"not those of epoch {epoch}")
@@ -101,7 +101,7 @@ def check_line(line: dict[str, Any], epoch: object) -> None:
 
 
 def check_measurements(line: dict[str, Any]) -> None:
-    """Refuse measurements that are no finite numbers, and nested ones where a number belongs, or a number where they do.
+    """Refuse measurements that are not finite, nested ones in place of a number, and numbers in place of nested ones.
 
     Raises:
         ValueError: names the first.
@@ -132,7 +132,7 @@ def _numbers(values: Any) -> list[float]:
 
 
 def _alike(value: Any, model: Any) -> bool:
-    """Whether both are flags, both finite numbers, both sequences of such, both None, or the same word."""
+    """Return whether both are flags, both finite numbers, both sequences of these, both None, or the same word."""
     if isinstance(model, str):
         return bool(value == model)
     if isinstance(model, bool) or isinstance(value, bool) or model is None or value is None:

@@ -29,12 +29,12 @@ from apical.core.credit import Panel
 from apical.errors import CheckpointError, ConfigError
 
 PATIENCE = 10.0
-"""Seconds that a dying holder of a folder is waited for."""
+"""Seconds to wait for a terminating process to release a folder."""
 State = Literal["fresh", "resumable", "finished", "diverged"]
 
 
 class RunFolder:
-    """Paths, checks, reading and writing of one run folder. Making the object touches nothing on disk.
+    """Paths, checks, reading and writing of one run folder. Creating the object does not touch the disk.
 
     Args:
         events: also write each epoch as TensorBoard events, into events/.
@@ -50,11 +50,11 @@ class RunFolder:
         self._lock = FolderLock(path)
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
-        """What starting `recipe` here would mean. Writes nothing.
+        """Return what starting `recipe` here would mean. Writes nothing.
 
         Raises:
-            ConfigError: the folder cannot be made or written, or holds something and neither flag is given.
-            CheckpointError: the run in it has other options or is longer than asked.
+            ConfigError: the folder cannot be created or written, or is not empty and neither flag is given.
+            CheckpointError: the run in it has other options or is longer than requested.
         """
         check_writable(self.path, self.config.name)
         if not (resume or overwrite):
@@ -80,9 +80,9 @@ class RunFolder:
         return "resumable" if self.checkpoint.exists() else "fresh"
 
     def claim(self, recipe: Recipe, *, resume: bool, overwrite: bool, world: World | None = None) -> State:
-        """:meth:`check` it, hold it for this process, and check it again: its last holder may have left a run in it.
+        """:meth:`check` the folder, lock it for this process, and check again: its last holder may have left a run in it.
 
-        Under torchrun every process checks and the main one holds it.
+        Under torchrun every process checks and the main process holds the lock.
 
         Raises:
             ConfigError, CheckpointError: as :meth:`check` does, or another process trains in it.
@@ -97,7 +97,7 @@ class RunFolder:
         return self.check(recipe, resume=resume, overwrite=overwrite)
 
     def create(self, recipe: Recipe, *, command: str, notes: list[str], environment: dict[str, Any]) -> None:
-        """Make the folder, remove an older run's files, write config.json and environment.json.
+        """Create the folder, remove an older run's files, write config.json and environment.json.
 
         Raises:
             OSError: disk full or no permission.
@@ -108,11 +108,11 @@ class RunFolder:
         write_state(self.environment, environment)
 
     def write_config(self, recipe: Recipe, *, command: str, notes: list[str]) -> None:
-        """Write config.json: the recipe's fields, the command, and notes on what was chosen for the user."""
+        """Write config.json: the recipe's fields, the command, and notes on automatic choices."""
         write_state(self.config, {**recipe.to_json(), "command": command, "notes": notes})
 
     def recipe(self) -> Recipe:
-        """The recipe that config.json holds.
+        """Return the recipe in config.json.
 
         Raises:
             CheckpointError: it is damaged.
@@ -130,19 +130,19 @@ class RunFolder:
             path.with_name(path.name + ".tmp").unlink(missing_ok=True)
 
     def lock(self, wait: float | None = None) -> None:
-        """Hold the folder for this process; see :meth:`FolderLock.hold`."""
+        """Lock the folder for this process; see :meth:`FolderLock.hold`."""
         self._lock.hold("training", wait)
 
     def unlock(self, *, remove: bool = False) -> None:
-        """Let others have the folder; see :meth:`FolderLock.release`."""
+        """Release the folder; see :meth:`FolderLock.release`."""
         self._lock.release(remove=remove)
 
     def check_held(self) -> None:
-        """See that the folder is still there; see :meth:`FolderLock.check`."""
+        """Check that the folder is still there; see :meth:`FolderLock.check`."""
         self._lock.check()
 
     def write_examples(self, examples: tuple[Tensor, Tensor] | None) -> None:
-        """Keep images and what the model made of them, both (n, channels, height, width), in examples.npz."""
+        """Save images and their reconstructions, both (n, channels, height, width), in examples.npz."""
         if examples is None:
             return
         buffer = io.BytesIO()
@@ -150,7 +150,7 @@ class RunFolder:
         write_atomically(self.examples, buffer.getvalue())
 
     def write_panels(self, panels: Sequence[Panel]) -> None:
-        """Keep figures of the network, as their numbers, in panels.json."""
+        """Save the numbers of the network's figures in panels.json."""
         if panels:
             entries = [
                 asdict(replace(panel, values={})) | {"values": {name: _listed(v) for name, v in panel.values.items()}}
@@ -159,7 +159,7 @@ class RunFolder:
             write_state(self.panels, {"panels": entries})
 
     def read_result(self) -> dict[str, Any]:
-        """What result.json says.
+        """Return the content of result.json.
 
         Raises:
             CheckpointError: it is damaged.
@@ -170,7 +170,7 @@ class RunFolder:
             if not {"rule", "seed", "status", "test_loss", "train_loss", "ms_per_step"} <= result.keys():
                 raise TypeError("it lacks a measurement")
             if None in (result["rule"], result["seed"], result["status"]):
-                raise TypeError("it does not say of which run it is")
+                raise TypeError("it does not say to which run it belongs")
         except TypeError as error:
             raise CheckpointError(f"{self.result} is damaged ({brief(error)}); {REMEDY}") from None
         return result
@@ -182,7 +182,7 @@ class RunFolder:
             self._events.add(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a torn last line is left out.
+        """Return the lines of metrics.jsonl; an incomplete last line is left out.
 
         Raises:
             CheckpointError: a line before the last is damaged.
@@ -190,9 +190,9 @@ class RunFolder:
         return read_lines(self.metrics, _check_line)
 
     def rewind_metrics(self, last: dict[str, Any]) -> None:
-        """Bring metrics.jsonl back to the checkpoint whose last finished epoch has the line `last`.
+        """Rewind metrics.jsonl to the checkpoint whose last finished epoch has the line `last`.
 
-        Newer lines and a torn one go; the line itself is written again if it got lost.
+        Newer and incomplete lines are removed; the line itself is written again if it is missing.
 
         Raises:
             CheckpointError: an earlier epoch is missing.
@@ -205,10 +205,10 @@ class RunFolder:
 
 
 class FolderLock:
-    """Keeps other processes from writing a folder. Making the object touches nothing on disk.
+    """Lock that keeps other processes from writing to a folder. Creating the object does not touch the disk.
 
     Args:
-        name: of the file that is locked in it.
+        name: name of the lock file in it.
     """
 
     def __init__(self, folder: Path, name: str = LOCK) -> None:
@@ -216,13 +216,13 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def hold(self, doing: str, wait: float | None = None) -> None:
-        """Hold the folder, made if need be, until the process ends, however it ends.
+        """Lock the folder, creating it if needed, until the process ends in any way.
 
-        What was seen of the folder before may have changed meanwhile: look again once it is held.
+        The folder may have changed since it was last checked: check it again once it is locked.
 
         Args:
-            doing: what holders do in such a folder, for the message.
-            wait: seconds to wait for a dying holder; None waits :data:`PATIENCE`.
+            doing: what the holder of such a folder does, for the message.
+            wait: seconds to wait for a terminating holder; None waits :data:`PATIENCE`.
 
         Raises:
             ConfigError: another process holds it.
@@ -249,35 +249,35 @@ class FolderLock:
                     file.close()
 
     def check(self) -> None:
-        """See that the folder that is held is still the one at its path: another may be somebody else's by now.
+        """Check that the locked folder is still the one at its path: a new one there may belong to another process.
 
         Raises:
             CheckpointError: it was moved, removed or replaced.
         """
         if self._file is not None and not _is_at(self._file, self.path):
             raise CheckpointError(
-                f"{self.folder} was moved, removed or replaced while it was written; what had been saved is where it was "
-                "moved to, and can be resumed there"
+                f"{self.folder} was moved, removed or replaced while results were written to it; if it was moved, resume in "
+                "its new place"
             )
 
     def release(self, *, remove: bool = False) -> None:
-        """Let others have the folder.
+        """Release the folder.
 
         Args:
-            remove: the lock's file too, and the folder if nothing else is in it.
+            remove: also remove the lock file, and the folder if it is then empty.
         """
         if self._file is None:
             return
         if remove:
             self.path.unlink(missing_ok=True)
-            with suppress(OSError):  # unless something else is in it
+            with suppress(OSError):  # unless it is not empty
                 self.folder.rmdir()
         self._file.close()
         self._file = None
 
     @contextmanager
     def held(self, doing: str, wait: float | None = None) -> Iterator[None]:
-        """Within, hold the folder; after an error in which nothing was written, no trace of that is left."""
+        """Hold the lock within the block; after an error before anything was written, no trace is left."""
         was_there = self.folder.is_dir()
         self.hold(doing, wait)
         try:
@@ -290,19 +290,19 @@ class FolderLock:
 
 def _check_line(line: dict[str, Any]) -> None:
     if type(line.get("epoch")) is not int:
-        raise ValueError("it is of no epoch")
+        raise ValueError("it has no epoch")
     check_measurements(line)
 
 
 def _listed(values: Tensor) -> list[Any]:
-    """Numbers for a JSON file, rounded; None where they are not finite."""
+    """Return numbers for a JSON file, rounded; None if they are not finite."""
     if values.dim() > 1:
         return [_listed(row) for row in values]
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is still the one at `path`: its last holder may have removed it."""
+    """Return whether the open file is still the one at `path`: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except (FileNotFoundError, NotADirectoryError):

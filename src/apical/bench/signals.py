@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let the training step in progress end and be saved."""
+"""Handling of Ctrl-C and SIGTERM that finishes and saves the current training step."""
 
 import signal
 import threading
@@ -6,12 +6,12 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 
-class Interrupted(Exception):  # noqa: N818 - it reports no error
+class Interrupted(Exception):  # noqa: N818 - not an error
     """Training was asked to stop; everything up to here is saved.
 
     Attributes:
         signum: the signal; a shell expects the exit status 128 + signum.
-        where: the place in words, such as "epoch 3, step 12".
+        where: the position as text, such as "epoch 3, step 12".
     """
 
     def __init__(self, signum: int, where: str = "") -> None:
@@ -21,10 +21,10 @@ class Interrupted(Exception):  # noqa: N818 - it reports no error
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM only set `signum`; the loop looks at it after each step.
+    """While entered, SIGINT and SIGTERM only set `signum`; the loop checks it after each step.
 
     Args:
-        impatient: a second SIGINT raises KeyboardInterrupt at once.
+        impatient: a second SIGINT raises KeyboardInterrupt immediately.
     """
 
     def __init__(self, *, impatient: bool = True) -> None:
@@ -36,7 +36,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._previous[signum] = signal.signal(signum, self._receive)
-                if getattr(self._previous[signum], "came", False):  # before, and its exception got lost
+                if getattr(self._previous[signum], "came", False):  # earlier, and its exception was swallowed
                     self.signum = signum
         return self
 

@@ -1,4 +1,4 @@
-"""What a sweep tries: values and ranges of recipe fields and rule options, written as text."""
+"""Search space of a sweep: values and ranges of recipe fields and rule options, written as text."""
 
 import itertools
 import math
@@ -13,23 +13,23 @@ from apical.bench.recipe import Recipe, parse_options, rule_name
 from apical.errors import ConfigError, require_choice, unknown_name
 
 Settings = dict[str, Any]
-"""Chosen values by name."""
+"""Selected values by name."""
 
 FIXED = (
     *("rule", "rule_options", "data", "loss", "epochs", "validation", "train_limit", "test_limit", "seed"),
     *("device", "threads", "probe", "trajectory", "checkpoint_steps", "data_sha256", "model_sha256"),
 )
-"""Recipe fields that all trials of a sweep have in common."""
+"""Recipe fields that are the same in all trials of a sweep."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing to try.
+    """One searched setting.
 
     Attributes:
-        name: of a recipe field or of a rule's option.
-        values: to choose from; empty for a range.
-        log: the range is sampled by its logarithm.
+        name: name of a recipe field or of a rule's option.
+        values: values to choose from; empty for a range.
+        log: whether the range is sampled logarithmically.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Axis:
 
 
 def parse(text: str) -> tuple[str, Axis]:
-    """The rule that "[RULE:]KEY=VALUES" is for, empty for all, and the axis.
+    """Parse "[RULE:]KEY=VALUES" into the rule, empty for all rules, and the axis.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be parsed.
 
     >>> parse("lr=0.01,0.1")
     ('', Axis(name='lr', values=(0.01, 0.1), low=nan, high=nan, log=False))
@@ -66,15 +66,15 @@ def parse(text: str) -> tuple[str, Axis]:
         return owner, Axis(name, (), *bounds, log=kind == "log")
     values = [parse_options((f"{name}={value}",))[name] for value in right.split(",")]
     if len(set(map(repr, values))) != len(values):
-        raise ConfigError(f"--space {text}: a value stands there twice")
+        raise ConfigError(f"--space {text}: a value occurs twice")
     return owner, Axis(name, tuple(values))
 
 
 def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
-    """The axes of each rule.
+    """Return the axes of each rule.
 
     Raises:
-        ConfigError: an axis is for a rule that is not swept, or for nothing that a rule knows, or stands there twice.
+        ConfigError: an axis is for a rule that is not swept, or for a setting that no rule has, or occurs twice.
     """
     names = {rule_name(rule): rule for rule in rules}
     recipe_fields = {item.name for item in fields(Recipe)} - set(FIXED)
@@ -84,7 +84,7 @@ def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
         if owner:
             require_choice("rule in --space", owner, names)
         if axis.name in FIXED:
-            raise ConfigError(f"--space {text}: all trials have the same {axis.name}; give it as an option")
+            raise ConfigError(f"--space {text}: {axis.name} is the same in all trials; set it as an option instead")
         takers = [
             rule
             for rule in ([names[owner]] if owner else rules)
@@ -101,23 +101,23 @@ def space(rules: Sequence[str], texts: Sequence[str]) -> dict[str, list[Axis]]:
 
 
 def grid(axes: Sequence[Axis]) -> list[Settings]:
-    """All combinations.
+    """Return all combinations.
 
     Raises:
         ConfigError: a range has no grid.
     """
     for axis in axes:
         if not axis.values:
-            raise ConfigError(f"--space {axis.name} is a range: a grid needs values; or choose --search random or optuna")
+            raise ConfigError(f"--space {axis.name} is a range, but a grid needs values; or use --search random or optuna")
     combinations = itertools.product(*(axis.values for axis in axes))
     return [dict(zip((axis.name for axis in axes), values, strict=True)) for values in combinations]
 
 
 def edges(trials: Sequence[Mapping[str, Any]], best: Mapping[str, int]) -> dict[str, list[str]]:
-    """By rule, the numbers whose best value is the lowest or the highest that was tried: a better one may lie beyond.
+    """Return by rule the numeric settings whose best value is the lowest or highest tried: a better one may lie outside.
 
     Args:
-        trials: with their rule, number and settings, as sweep.json has them.
+        trials: trials with their rule, number and settings, as in sweep.json.
         best: number of the best trial, by rule.
 
     >>> tried = [{"rule": "bp", "number": i, "settings": {"lr": lr}} for i, lr in enumerate((0.01, 0.1, 1.0))]
@@ -137,7 +137,7 @@ def edges(trials: Sequence[Mapping[str, Any]], best: Mapping[str, int]) -> dict[
 
 
 def applied(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with the chosen settings in place.
+    """Return the recipe with the selected settings.
 
     Raises:
         ConfigError: a value is not usable.
@@ -164,7 +164,7 @@ def applied(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def _typed(name: str, before: Any, value: Any) -> Any:
-    """The value as the recipe's field has it: schedules are tuples, counts are whole."""
+    """Convert the value to the type of the recipe's field: schedules are tuples, counts are integers."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(before, int | float | tuple) and not isinstance(before, bool) and not number:
         raise ConfigError(f"--space {name}: {value!r} is not a number")
@@ -180,7 +180,7 @@ def _typed(name: str, before: Any, value: Any) -> Any:
 
 
 class Grid:
-    """Given settings, in their order."""
+    """Given settings, in order."""
 
     def __init__(self, settings: Sequence[Settings]) -> None:
         self.left = list(settings)
@@ -191,14 +191,14 @@ class Grid:
         return trials
 
     def tell(self, scores: Sequence[float | None]) -> None:
-        """Scores of those asked for last; a grid does not care."""
+        """Receive the scores of the last batch; a grid ignores them."""
 
 
 class Optuna:
-    """Optuna's samplers, asked and told in batches, so that the same seed and batch size ask for the same settings.
+    """Optuna's samplers, used in batches, so that the same seed and batch size give the same settings.
 
     Args:
-        random: at random instead of by a tree-structured Parzen estimator.
+        random: sample at random instead of with a tree-structured Parzen estimator.
 
     Raises:
         ConfigError: Optuna is not installed.
@@ -224,7 +224,7 @@ class Optuna:
         return [{axis.name: _suggested(trial, axis) for axis in self.axes} for trial in self.asked]
 
     def tell(self, scores: Sequence[float | None]) -> None:
-        """Scores of those asked for last, None for one that diverged."""
+        """Receive the scores of the last batch, None for a trial that diverged."""
         for trial, score in zip(self.asked, scores, strict=True):
             if score is None:
                 self.study.tell(trial, state=self.failed)

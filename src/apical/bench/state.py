@@ -1,7 +1,7 @@
-"""JSON objects kept between processes: strict when read, with a checksum of their own content, so that damage is seen.
+"""JSON objects kept between processes: read strictly, with a checksum of their content, so that damage is detected.
 
-The checksum is the member "sha256" of the object: over its other members, written canonically. An object without it (from
-an earlier version, or written by hand) is read as it is.
+The checksum is the member "sha256" of the object, computed over its other members in canonical form. An object without it
+(from an earlier version, or written by hand) is read unchecked.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from apical.errors import CheckpointError
 SEAL = "sha256"
 _DIGEST = re.compile("[0-9a-f]{64}")
 DEEPEST = 64
-"""Levels of nesting up to which JSON is read."""
+"""Largest depth of nesting accepted in JSON."""
 
 
 class NotAnObjectError(ValueError):
@@ -28,10 +28,10 @@ class NotAnObjectError(ValueError):
 
 
 def parse(text: str, *, finite: bool = True) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
-        finite: refuse numbers that are not.
+        finite: refuse numbers that are not finite.
 
     Raises:
         ValueError: it is not JSON, has a number that is not finite or too large an integer, or is nested too deeply.
@@ -62,13 +62,13 @@ def parse(text: str, *, finite: bool = True) -> Any:
 
 
 def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
-    """The JSON object of a text, without its checksum, which is compared.
+    """Return the JSON object of a text, without its checksum, which is verified.
 
     Args:
-        finite: refuse numbers that are not, also where there is no checksum; where there is one, there are none.
+        finite: refuse numbers that are not finite even without a checksum; objects with one never have any.
 
     Raises:
-        ValueError: it is not an object, or as :func:`parse` does, or the checksum is another, or has lost its name.
+        ValueError: it is not an object, or as :func:`parse` does, or the checksum differs, or its name is damaged.
     """
     value = parse(text, finite=finite)
     if not isinstance(value, dict):
@@ -82,7 +82,7 @@ def parse_object(text: str, *, finite: bool = True) -> dict[str, Any]:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The members with their checksum.
+    """Return the members with their checksum.
 
     Raises:
         ValueError: a number is not finite.
@@ -91,7 +91,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checksum(value: Mapping[str, Any]) -> str:
-    """SHA-256 of the members as they are read back, in the order of their names."""
+    """Return the SHA-256 of the members as they are read back, in the order of their names."""
     plain = json.loads(json.dumps(value, allow_nan=False))
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file holds something else, or was damaged.
+        CheckpointError: the file is not a JSON object, or is damaged.
         OSError: it cannot be read.
     """
     try:
@@ -120,10 +120,10 @@ def write_state(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path, check: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """The objects of a file, a line each; none where there is no file. A torn last line is left out.
+    """Return the objects of a file, one per line; none if there is no file. An incomplete last line is left out.
 
     Args:
-        check: raises ValueError or TypeError for an object that is not as it should be.
+        check: raises ValueError or TypeError for an invalid object.
 
     Raises:
         CheckpointError: a line before the last is damaged.
@@ -144,12 +144,12 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], None]) -> list[dict
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write objects atomically, a line each with its checksum."""
+    """Write objects atomically, one per line with its checksum."""
     write_atomically(path, "".join(map(_line, lines)).encode())
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Add an object as one line with its checksum, and force it to disk."""
+    """Append an object as one line with its checksum, and flush it to disk."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(_line(line))
@@ -165,12 +165,12 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write an HTML page atomically; a name in it that is no text, such as a folder's, is written in escapes."""
+    """Write an HTML page atomically; names in it that are not valid text, such as a folder's, are escaped."""
     write_atomically(path, page.encode("utf-8", errors="backslashreplace"))
 
 
 def brief(error: BaseException) -> str:
-    """The first line of an error, shortened."""
+    """Return the first line of an error, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120].rstrip(".")
 

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 LEVEL = 0.95
-"""Coverage that intervals aim at."""
+"""Nominal coverage of intervals."""
 
 RESAMPLES = 10_000
-"""Resamples of a bootstrap that cannot take all of them."""
+"""Number of resamples of a bootstrap that does not enumerate all of them."""
 
 ALL = 6
-"""Values up to which a bootstrap takes every resample there is: 6^6 = 46,656."""
+"""Largest number of values for which a bootstrap enumerates all resamples: 6^6 = 46,656."""
 
 
 class Interval(NamedTuple):
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
     n: int
 
     def shown(self, places: int = 2) -> str:
-        """As text.
+        """Format as text.
 
         >>> Interval(1.0, 0.5, 1.5, 3).shown(1)
         '1.0 [0.5, 1.5]'
@@ -38,10 +38,10 @@ class Interval(NamedTuple):
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean of the values and its percentile bootstrap interval at 95 %.
+    """Return the mean of the values and its percentile bootstrap interval at 95 %.
 
-    Up to six values all resamples are taken, beyond that 10,000 drawn with `seed`. With few seeds the interval is too
-    narrow: three values never give one wider than their range. Say n beside it.
+    Up to six values, all resamples are used; beyond that, 10,000 drawn with `seed`. With few seeds the interval is too
+    narrow: three values never give one wider than their range. Always report n with it.
 
     Raises:
         ValueError: no values.
@@ -60,7 +60,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def student(values: Sequence[float]) -> Interval:
-    """Mean of the values and its 95 % interval by Student's t.
+    """Return the mean of the values and its 95 % interval by Student's t.
 
     >>> student([1.0, 2.0, 3.0]).shown(3)
     '2.000 [-0.484, 4.484]'
@@ -68,14 +68,14 @@ def student(values: Sequence[float]) -> Interval:
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Interval(mean, None, None, n)
-    from scipy import stats  # a third of a second
+    from scipy import stats  # its import takes a third of a second
 
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
 def student_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p-value of Student's test that the mean of paired differences is zero; None where they do not vary."""
+    """Return the two-sided p-value of Student's test that the mean of paired differences is zero; None if all are equal."""
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return None
     from scipy import stats
@@ -94,10 +94,10 @@ def _drawn_means(values: Sequence[float], seed: int) -> np.ndarray[tuple[int], n
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p-value of the sign-flip test that paired differences are symmetric about zero.
+    """Return the two-sided p-value of the sign-flip test that paired differences are symmetric about zero.
 
-    Exact up to sixteen pairs, beyond that over 10,000 flips drawn with `seed`. With n pairs the smallest value is 2 / 2^n:
-    0.25 for three, 0.0625 for five; six pairs are the fewest that can reach 0.05.
+    Exact up to sixteen pairs; beyond that, over 10,000 flips drawn with `seed`. With n pairs the smallest value is 2 / 2^n:
+    0.25 for three, 0.0625 for five; at least six pairs are needed to reach 0.05.
 
     >>> sign_flip([1.0, 2.0, 3.0])
     0.25
@@ -122,7 +122,7 @@ def _flips(differences: Sequence[float], seed: int) -> Iterator[float]:
 
 
 class Paired(NamedTuple):
-    """Ours minus theirs over common seeds: mean with interval, and the sign-flip test's p-value."""
+    """Difference, ours minus theirs, over common seeds: mean with interval, and the sign-flip test's p-value."""
 
     difference: Interval
     p: float
@@ -140,13 +140,13 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired | None:
 
 
 LIMIT = 0.25
-"""Share of the median that the middle half of the epochs' times may span."""
+"""Largest interquartile range of the epochs' times, as a share of their median."""
 FEWEST = 4
-"""Epochs below which nothing is said."""
+"""Smallest number of epochs for which the spread is judged."""
 
 
 def spread(times: Sequence[float]) -> float:
-    """Distance between the quartiles over the median; 0 for fewer than :data:`FEWEST` times.
+    """Return the interquartile range over the median; 0 for fewer than :data:`FEWEST` times.
 
     >>> spread([1.0, 1.0, 1.0, 1.0, 9.0]), spread([1.0, 1.0, 2.0, 3.0, 3.0])
     (0.0, 1.0)
@@ -158,16 +158,16 @@ def spread(times: Sequence[float]) -> float:
 
 
 def busy_note(times: Mapping[str, Sequence[float]]) -> str:
-    """A sentence where the times of some rule spread too far to compare; otherwise nothing.
+    """Return a sentence if the times of some rule vary too much to compare; otherwise nothing.
 
     Args:
-        times: of each rule, a step's time in every epoch of every seed.
+        times: by rule, a step's time in every epoch of every seed.
     """
     widths = {rule: spread(values) for rule, values in times.items()}
     rule = max(widths, key=lambda name: widths[name], default="")
     if not rule or widths[rule] <= LIMIT:
         return ""
     return (
-        f"Times are rough, because the machine was busy: the middle half of the step times of {rule} spans "
+        f"Times are approximate because the machine was busy: the interquartile range of the step times of {rule} is "
         f"{100 * widths[rule]:.0f} % of their median (more than {100 * LIMIT:.0f} %)."
     )

@@ -13,16 +13,16 @@ from apical.errors import ApicalError, ConfigError, require_choice
 
 @dataclass(frozen=True)
 class Published:
-    """One number to compare with.
+    """One published number for comparison.
 
     Attributes:
         metric: "accuracy" or "error" in percent, "loss" (of the split in `split`), or "angle" in degrees.
-        tolerance: how far a reproduction may lie from it.
+        tolerance: largest distance of a reproduction from it.
         tag: "fig", "paper" or "ours".
         layer: number of the layer from the input, for angles; 0 for the mean over layers.
-        spread: standard deviation over seeds, where known.
+        spread: standard deviation over seeds, if known.
         split: "train", "validation" or "test".
-        select: "best-validation" takes the value at the best validation epoch up to `epoch`; None that of `epoch` itself.
+        select: "best-validation" uses the value at the best validation epoch up to `epoch`; None uses that of `epoch`.
     """
 
     metric: str
@@ -50,7 +50,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Row:
-    """One rule of a study: how to train it and what was published."""
+    """One rule of a study: its recipe and its published numbers."""
 
     recipe: Recipe
     published: tuple[Published, ...] = ()
@@ -61,9 +61,9 @@ class Study:
     """A set of comparable rows.
 
     Attributes:
-        cost: rough cost of one run.
+        cost: approximate cost of one run.
         rows: short name of the rule -> row.
-        default: the row of any other rule, without published numbers.
+        default: row of any other rule, without published numbers.
     """
 
     title: str
@@ -73,7 +73,7 @@ class Study:
     claims: tuple[Claim, ...] = ()
 
     def row(self, rule: str) -> Row:
-        """The row of a rule, or the study's settings for a rule that the study does not have."""
+        """Return the row of a rule, or the study's default settings for a rule without a row."""
         return self.rows.get(rule) or Row(replace(self.default, rule=rule))
 
 
@@ -82,7 +82,7 @@ def rows_of(
     rules: Iterable[str] | Mapping[str, Mapping[str, Any]],
     published: Mapping[str, tuple[Published, ...]] = MappingProxyType({}),
 ) -> dict[str, Row]:
-    """The rows of rules, each with its published numbers and, where these are given, with settings of its own."""
+    """Return the rows of rules, each with its published numbers and, if given, its own settings."""
     own = rules if isinstance(rules, Mapping) else {}
     return {rule: Row(replace(base, rule=rule, **own.get(rule, {})), published.get(rule, ())) for rule in rules}
 
@@ -93,10 +93,10 @@ def options_of(**options: Any) -> tuple[str, ...]:
 
 
 def from_file(path: Path) -> Study:
-    """The study in a file {"title": ..., "rows": {rule: recipe}}, without published numbers.
+    """Read the study in a file {"title": ..., "rows": {rule: recipe}}, without published numbers.
 
     Raises:
-        ConfigError: there is no such file, or it holds no recipes.
+        ConfigError: there is no such file, or it contains no recipes.
         CheckpointError: it is damaged.
     """
     if not path.is_file():

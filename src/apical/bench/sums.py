@@ -1,4 +1,4 @@
-"""What an epoch adds up on the device, without waiting for it: loss, hits and the scalars that rules log."""
+"""Sums over an epoch, accumulated on the device without waiting for it: loss, hits and the scalars that rules log."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from apical.core.credit import Credit
 
 
 class Sums:
-    """Sums over the steps of an epoch so far; loss and hits are those of this process until :meth:`state` adds them up.
+    """Sums over the steps of an epoch so far; loss and hits are those of this process until :meth:`state` combines them.
 
     Args:
-        world: this process's place under torchrun.
-        classes: whether targets are class labels, so that there are hits to count.
+        world: this process's rank under torchrun.
+        classes: whether targets are class labels, so that hits can be counted.
     """
 
     def __init__(self, world: World, *, classes: bool, answers: int = 1) -> None:
@@ -33,7 +33,7 @@ class Sums:
         self._counts: dict[str, int] = {}
 
     def add(self, credit: Credit, targets: Tensor) -> None:
-        """Count a step in which the forward weights learned."""
+        """Add a step in which the forward weights learned."""
         with torch.no_grad():
             self.loss += credit.loss.double() * len(targets)
             if self._classes:
@@ -41,18 +41,18 @@ class Sums:
         self.examples += self._world.size * len(targets)
 
     def log(self, logs: dict[str, Tensor]) -> None:
-        """Count the scalars of any step."""
+        """Add the scalars of any step."""
         for name, value in logs.items():
             value = value.detach().double()
             self._logs[name] = self._logs[name] + value if name in self._logs else value
             self._counts[name] = self._counts.get(name, 0) + self._world.size
 
     def total_loss(self) -> float:
-        """Sum of the loss over all processes; waits for the device."""
+        """Return the sum of the loss over all processes; waits for the device."""
         return self._world.sum(self.loss.clone()).item()
 
     def means(self) -> tuple[float | None, float | None, dict[str, float | None]]:
-        """Loss, accuracy (0 to 1) and logs per step, over all processes; None where nothing was counted or is finite."""
+        """Return loss, accuracy (0 to 1) and logs per step, over all processes; None if nothing was counted or is finite."""
         state = self.state()
         logs = {name: finite(value.item() / state["counts"][name]) for name, value in state["logs"].items()}
         if not self.examples:
@@ -61,13 +61,13 @@ class Sums:
         return state["loss"].item() / self.examples, hits, logs
 
     def state(self) -> dict[str, Any]:
-        """The sums over all processes, for a checkpoint."""
+        """Return the sums over all processes, for a checkpoint."""
         logs = {name: self._world.sum(self._logs[name].clone()) for name in sorted(self._logs)}
         loss, hits = self._world.sum(self.loss.clone()), self._world.sum(self.hits.clone())
         return {"loss": loss, "hits": hits, "examples": self.examples, "logs": logs, "counts": dict(self._counts)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; the sums go to the main process, because they are those of all.
+        """Continue from a checkpoint; the main process gets the sums, because they are totals over all processes.
 
         Raises:
             KeyError, AttributeError, TypeError, ValueError: the state is damaged.

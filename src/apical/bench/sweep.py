@@ -1,11 +1,11 @@
-"""Trials of a sweep: each is one or more ordinary trainings in run folders of their own, judged by validation images.
+"""Trials of a sweep: each is one or more ordinary trainings in separate run folders, scored on validation images.
 
-The run folders are the ledger. Whatever is killed, a trial whose `result.json` is there is not trained again, and one that
-is not finished goes on from its checkpoint. In a trial the validation images stand where test images do otherwise, so that
-nothing of the test set is looked at.
+The run folders are the record. After any interruption, a trial with a `result.json` is not trained again, and an unfinished
+one continues from its checkpoint. In a trial the validation images take the place of the test images, so that the test set
+is never used.
 
-Ray is used by its tasks alone, not by Ray Tune, which starts a process for each trial, and a trial may be shorter than that.
-The folders know what Tune's snapshots would.
+Only Ray's tasks are used, not Ray Tune, which starts a process for each trial; a trial may be shorter than that. The folders
+contain what Tune's snapshots would.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ from apical.data import Dataset
 from apical.errors import ApicalError, DivergenceError
 
 ATTEMPTS = 3
-"""How often in a row trainings may be killed without any of them having got further."""
+"""How many times in a row trainings may be killed without any progress."""
 
 NOTE = "a trial of a sweep: what is called test here are its validation images"
 
@@ -43,7 +43,7 @@ class Trial:
     Attributes:
         number: 0, 1, ... among the rule's trials.
         recipes: one per seed.
-        folders: where they are trained.
+        folders: their run folders.
     """
 
     rule: str
@@ -53,12 +53,12 @@ class Trial:
     folders: tuple[Path, ...]
 
     def results(self) -> list[dict[str, Any]]:
-        """Results of its finished trainings."""
+        """Return the results of its finished trainings."""
         return [RunFolder(path).read_result() for path in self.folders if finished(path)]
 
     @property
     def score(self) -> float | None:
-        """Mean validation accuracy, or minus the mean loss where there are no classes; None if a training diverged."""
+        """Mean validation accuracy, or minus the mean loss if there are no classes; None if a training diverged."""
         values = []
         for result in self.results():
             accuracy, loss = result.get("test_accuracy"), result.get("test_loss")
@@ -68,7 +68,7 @@ class Trial:
         return sum(values) / len(values) if len(values) == len(self.folders) else None
 
     def record(self) -> dict[str, Any]:
-        """As sweep.json keeps it."""
+        """Return the record for sweep.json."""
         return {
             "rule": self.rule,
             "number": self.number,
@@ -79,18 +79,18 @@ class Trial:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the training in the folder has ended."""
+    """Return whether the training in the folder has ended."""
     return (folder / "result.json").exists()
 
 
 def for_trials(dataset: Dataset) -> Dataset:
-    """The data of a trial: validation images in place of the test images, which it shall not see."""
+    """Return the data of a trial: validation images in place of the test images, which it must not see."""
     assert dataset.validation is not None
     return replace(dataset, test=dataset.validation, validation=None)
 
 
 def once(read: Callable[[Recipe], Dataset]) -> Callable[[Recipe], Dataset]:
-    """`read`, which reads again only where a recipe asks for other data than the one before."""
+    """Wrap `read` to read again only if a recipe uses other data than the previous one."""
     cached = lru_cache(maxsize=1)(read)
     return lambda recipe: cached(Recipe(**{name: getattr(recipe, name) for name in OF_DATA}))
 
@@ -103,7 +103,7 @@ def train(
     stop: StopSignals | None = None,
     load: Callable[[Recipe], Dataset] = load_data,
 ) -> None:
-    """One training of a trial in this process, from its checkpoint if there is one; a diverged one is finished too.
+    """Run one training of a trial in this process, from its checkpoint if there is one; divergence also finishes it.
 
     Raises:
         Interrupted: a signal came; it is saved.
@@ -128,11 +128,11 @@ def train(
 
 
 Execute = Callable[[Sequence[tuple[Recipe, Path]], StopSignals, Callable[[], None]], None]
-"""Trains what is not finished; calls the last argument now and then."""
+"""Trains unfinished runs; calls the last argument periodically."""
 
 
 def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
-    """Train in processes of this machine, `jobs` at a time; what is killed is started again from its checkpoint."""
+    """Train in processes of this machine, `jobs` at a time; killed trainings are restarted from their checkpoints."""
 
     def execute(runs: Sequence[tuple[Recipe, Path]], stop: StopSignals, refresh: Callable[[], None]) -> None:
         attempts, load = 0, once(load_data)
@@ -157,7 +157,7 @@ def in_processes(make_rule: MakeRule, command: str, jobs: int) -> Execute:
 
 
 def _progress(runs: Sequence[tuple[Recipe, Path]]) -> list[tuple[bool, float]]:
-    """What has been saved of each training: it grows with every checkpoint."""
+    """Return a measure of what has been saved of each training: it grows with every checkpoint."""
     checkpoints = [(path, path / "checkpoint.pt") for _, path in runs]
     return [(finished(path), checkpoint.stat().st_mtime if checkpoint.exists() else 0.0) for path, checkpoint in checkpoints]
 
@@ -165,7 +165,7 @@ def _progress(runs: Sequence[tuple[Recipe, Path]]) -> list[tuple[bool, float]]:
 def _share(
     runs: Sequence[tuple[Recipe, Path]], count: int, make_rule: MakeRule, command: str, number: int, stop: StopSignals
 ) -> None:
-    """Every `count`-th training, in one process: starting one for each would often take longer than training."""
+    """Run every `count`-th training in one process: starting one for each would often take longer than training."""
     torch.set_num_threads(1)
     load = once(load_data)
     for recipe, path in runs[number::count]:
@@ -174,7 +174,7 @@ def _share(
 
 @contextmanager
 def on_ray(address: str, make_rule: MakeRule, command: str, jobs: int | None) -> Iterator[Execute]:
-    """Train on a Ray cluster that sees the folders; what is lost with a worker or its machine is started again.
+    """Train on a Ray cluster that sees the folders; trainings lost with a worker or its machine are restarted.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.
@@ -194,7 +194,7 @@ def _alone(recipe: Recipe, path: Path, make_rule: MakeRule, command: str) -> Non
 
 
 def clear(out: Path) -> None:
-    """Remove the trials and what is made of them, and nothing outside the folder.
+    """Remove the trials and the files computed from them, and nothing outside the folder.
 
     Raises:
         ConfigError: a folder of trials is a link to elsewhere.

@@ -1,4 +1,4 @@
-"""Epochs' metrics as TensorBoard events beside metrics.jsonl, which stays the record."""
+"""Epoch metrics as TensorBoard events, in addition to metrics.jsonl, which remains the record."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from apical.errors import ConfigError
 
 
 def check_installed() -> None:
-    """Refuse to promise events that nobody can write.
+    """Refuse --tensorboard if TensorBoard is missing.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -20,7 +20,7 @@ def check_installed() -> None:
 
 
 def scalars(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of an epoch's line, nested names joined by "/"; the epoch itself is left out.
+    """Yield every number of an epoch's line, nested names joined by "/", without the epoch itself.
 
     >>> list(scalars({"epoch": 1, "train_loss": 0.5, "layers": {"fc1": {"norm_ratio": 2}}, "condition_two": None}))
     [('train_loss', 0.5), ('layers/fc1/norm_ratio', 2.0)]
@@ -36,7 +36,7 @@ class Events:
     """The event files of one run; nothing is opened before the first line.
 
     Args:
-        folder: for the files. A run that goes on in it after an interruption replaces what it does again.
+        folder: folder of the files. A run that continues in it after an interruption replaces the epochs it repeats.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class Events:
         self._writer: Any = None
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """One finished epoch."""
+        """Write one finished epoch."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 

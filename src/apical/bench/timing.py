@@ -26,7 +26,7 @@ class StepTimer:
         self._began = 0.0
 
     def start(self) -> None:
-        """A step begins."""
+        """Mark the start of a step."""
         if self._device.type == "cuda":
             events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             self._events.append(events)
@@ -35,14 +35,14 @@ class StepTimer:
             self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """The step has ended."""
+        """Mark the end of the step."""
         if self._device.type == "cuda":
             self._events[-1][1].record()
         else:
             self._times.append((time.perf_counter() - self._began) * 1e3)
 
     def times(self) -> list[float]:
-        """Times so far; waits for the GPU."""
+        """Return the times so far; waits for the GPU."""
         if self._events:
             torch.cuda.synchronize(self._device)
             self._times += [began.elapsed_time(ended) for began, ended in self._events]
@@ -50,17 +50,17 @@ class StepTimer:
         return list(self._times)
 
     def restore(self, times: list[float]) -> None:
-        """Continue from times taken before."""
+        """Continue from earlier times."""
         self._events.clear()
         self._times = [float(value) for value in times]
 
     def median(self) -> float | None:
-        """Median of the times so far; None before the first step."""
+        """Return the median of the times so far; None before the first step."""
         times = self.times()
         return statistics.median(times) if times else None
 
     def clear(self) -> None:
-        """Forget all times."""
+        """Clear all times."""
         self._times.clear()
         self._events.clear()
 
@@ -74,10 +74,10 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.Optimizer) -> Iterator[Peak]:
-    """Peak GPU memory within: the run's own tensors at the start plus all that is allocated on top, without the data.
+    """Measure peak GPU memory within the block: the run's own tensors plus everything allocated in it, without the data.
 
-    What else lies on the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU, where
-    `step_cost` counts instead.
+    Other content of the GPU at the start (data, other runs of a comparison) is not counted. None on a CPU, where `step_cost`
+    is used instead.
     """
     peak = Peak()
     if device.type != "cuda":
@@ -92,11 +92,11 @@ def peak_memory(device: torch.device, rule: CreditRule, optimizer: torch.optim.O
 
 
 class StepCost(NamedTuple):
-    """What one training pass takes.
+    """Cost of one training pass.
 
     Attributes:
         megabytes: MiB of the run's own tensors plus the peak of the pass, counted tensor by tensor.
-        multiply_adds: of the pass, forward and backward.
+        multiply_adds: those of the pass, forward and backward.
     """
 
     megabytes: float
@@ -104,10 +104,10 @@ class StepCost(NamedTuple):
 
 
 def step_cost(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> StepCost:
-    """Measure one training pass; changes nothing."""
+    """Measure one training pass, without side effects."""
     own = _own_bytes(rule, optimizer)
     with unchanged(rule):
-        rule(inputs, targets)  # what is made at the first batch counts as the rule's own
+        rule(inputs, targets)  # tensors created at the first batch count as the rule's own
         peak = 0
 
         def step() -> None:
@@ -120,7 +120,7 @@ def step_cost(rule: CreditRule, optimizer: torch.optim.Optimizer, inputs: Tensor
 
 def _own_bytes(rule: CreditRule, optimizer: torch.optim.Optimizer) -> int:
     tensors: list[Tensor] = [*rule.parameters(), *rule.buffers()]
-    if any(parameter.is_cuda for parameter in rule.parameters()):  # elsewhere the pass itself makes the gradients
+    if any(parameter.is_cuda for parameter in rule.parameters()):  # on a CPU the pass itself allocates the gradients
         tensors += [parameter.grad for parameter in rule.parameters() if parameter.grad is not None]
     tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,7 +1,7 @@
-"""Where a training went through weight space: snapshots of the model's weights, kept in trajectory.pt of its run folder.
+"""The path of a training through weight space: snapshots of the model's weights in trajectory.pt of its run folder.
 
-The file is rewritten whole with every checkpoint, before it, and a resumed run takes from it what the checkpoint knows of:
-so a run that was killed at any moment ends with the file of an uninterrupted one.
+The whole file is rewritten before every checkpoint, and a resumed run uses only the snapshots that its checkpoint counts. So
+a run that was killed at any moment ends with the same file as an uninterrupted one.
 """
 
 import math
@@ -22,10 +22,10 @@ class Trajectory(NamedTuple):
     """Snapshots of one run.
 
     Attributes:
-        names: of the model's parameters, in its order.
-        shapes: theirs.
+        names: names of the model's parameters, in order.
+        shapes: shapes of the parameters.
         steps: forward steps before each snapshot, ascending from 0.
-        weights: all parameters of each snapshot, one after the other: (snapshots, P).
+        weights: all parameters of each snapshot, concatenated: (snapshots, P).
     """
 
     names: tuple[str, ...]
@@ -35,11 +35,11 @@ class Trajectory(NamedTuple):
 
 
 class Recorder:
-    """Keeps a model's weights at the start, at every so many steps and at the end.
+    """Records a model's weights at the start, at regular intervals and at the end.
 
     Args:
-        model: its parameters are kept, also those that do not learn; buffers are not.
-        every: steps between snapshots; 0 keeps none and never touches the file.
+        model: its parameters are recorded, including those that do not learn; buffers are not.
+        every: steps between snapshots; 0 records none and never touches the file.
         last: the step at the end of the training.
     """
 
@@ -50,13 +50,13 @@ class Recorder:
         self._saved = 0
 
     def see(self, step: int) -> None:
-        """Keep the weights if they are due after `step` steps in which the forward weights learned."""
+        """Record the weights if they are due after `step` steps in which the forward weights learned."""
         if self.every and (step % self.every == 0 or step == self.last):
             self.steps.append(step)
             self._weights.append(flat(self.model).cpu())
 
     def save(self) -> None:
-        """Write the file, atomically, if there is anything new.
+        """Write the file atomically if there are new snapshots.
 
         Raises:
             OSError: it cannot be written; the older file stays.
@@ -70,18 +70,18 @@ class Recorder:
         self._saved = len(self.steps)
 
     def restore(self, count: int) -> None:
-        """Go back to the first `count` snapshots of the file, which a checkpoint knows of.
+        """Go back to the first `count` snapshots of the file, those counted by a checkpoint.
 
         Raises:
-            CheckpointError: the file is missing or damaged, or holds fewer.
+            CheckpointError: the file is missing or damaged, or contains fewer.
         """
         if not self.every:
             return
         saved = load(self.path)
         if len(saved.steps) < count:
-            raise CheckpointError(f"{self.path} has {len(saved.steps)} snapshots, its checkpoint knows {count}; {REMEDY}")
+            raise CheckpointError(f"{self.path} has {len(saved.steps)} snapshots, but its checkpoint {count}; {REMEDY}")
         self.steps, self._weights = list(saved.steps[:count]), [row.clone() for row in saved.weights[:count]]
-        if self.steps and self.steps[-1] % self.every:  # the end of a shorter training, which a longer one passes by
+        if self.steps and self.steps[-1] % self.every:  # the end of a shorter training; a longer one has no snapshot there
             self.steps.pop()
             self._weights.pop()
         self._saved = len(self.steps)
@@ -92,7 +92,7 @@ def load(path: Path) -> Trajectory:
 
     Raises:
         CheckpointError: the file is missing or damaged.
-        OSError: it may not be read.
+        OSError: it cannot be read.
     """
     try:
         content = read_sealed(path, str(path))

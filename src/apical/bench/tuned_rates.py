@@ -1,4 +1,4 @@
-"""Learning rates that were tuned, for the setting in which they were."""
+"""Tuned learning rates, for the settings in which they were tuned."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,7 +64,7 @@ _RATES = {
     "csdp-memristor": (None, 0.01, 0.01),
     "tdca-unevolved": (None, None, 0.0005),
 }
-"""On digits, on MNIST and on Fashion-MNIST; None where none was tuned, or the best lies at an end of what was tried."""
+"""On digits, MNIST and Fashion-MNIST; None if none was tuned, or if the best lies at an end of the range tried."""
 
 
 def _column(place: int) -> dict[str, float]:
@@ -72,15 +72,15 @@ def _column(place: int) -> dict[str, float]:
 
 
 DIGITS = _column(0)
-"""The best of twelve learning rates of SGD with every other setting at its default (results/rates-digits): a batch of 32
-digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are often worse than the common one. TDCA's is
-from a second sweep, with five seeds (results/rates-digits-tdca): one seed's 240 validation images had its rates from 0.005
-to 0.05 within two images of each other."""
+"""The best of twelve learning rates of SGD with every other setting at its default (results/rates-digits): batches of 32
+digits, `mlp-256-256`, 20 epochs. With other data, widths or epochs they are often worse than the common one. TDCA's rate is
+from a second sweep with five seeds (results/rates-digits-tdca): on the 240 validation images of one seed, its rates from
+0.005 to 0.05 were within two images of each other."""
 
 MNIST, FASHION = _column(1), _column(2)
 """The best of thirteen learning rates on 10,000 images (results/rates-mnist, rates-fashion-mnist; rates-costly-... for
-rules that take longest, rates-spiking-... for spiking ones, rates-memristor-... for memristors), where it lies inside what
-was tried."""
+the slowest rules, rates-spiking-... for spiking ones, rates-memristor-... for memristors), if it lies inside the range
+tried."""
 
 SMALL = Recipe(model="mlp-256-256", epochs=5, batch_size=64, train_limit=10_000)
 TABLES = (
@@ -88,21 +88,21 @@ TABLES = (
     (replace(SMALL, data="mnist"), MNIST),
     (replace(SMALL, data="fashion-mnist"), FASHION),
 )
-"""Settings in which rates were tuned, all else at its default, and the rates."""
+"""Settings in which rates were tuned, with all other settings at their defaults, and the rates."""
 
 TUNED = ("data", "model", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "loss", "train_limit")
-"""Settings that must be those of a table for its learning rates."""
+"""Settings that must equal those of a table for its learning rates to apply."""
 
 AS = {"pc-one-step": "pc-error", "ddtp-control": "ddtp-linear"}
-"""Controls whose learning rate is that of the rule they are held against, where the name does not tell."""
+"""Controls that use the learning rate of the rule they are compared with, where the name does not show it."""
 
 ADAM = {"csdp": 4e-2}
-"""Rules that train with Adam and no weight decay where neither optimiser nor learning rate is asked for, as their paper's
-code does, and the rate: that of a prototype on 2000 images of MNIST. With the common SGD they learn far less."""
+"""Rules that train with Adam and no weight decay if neither optimiser nor learning rate is given, as their paper's code
+does, and the rate, from a prototype on 2000 images of MNIST. With the common SGD they learn far less."""
 
 
 def own_training(recipe: Recipe) -> dict[str, Any]:
-    """The optimiser, learning rate and weight decay that a rule has instead of the common ones; empty for most.
+    """Return the optimiser, learning rate and weight decay that replace a rule's common ones; empty for most rules.
 
     >>> own_training(Recipe(rule="csdp-unsupervised")), own_training(Recipe(rule="bp"))
     ({'optimizer': 'adam', 'lr': (0.04,), 'weight_decay': (0.0,)}, {})
@@ -112,7 +112,7 @@ def own_training(recipe: Recipe) -> dict[str, Any]:
 
 
 def tuned_rate(recipe: Recipe) -> float | None:
-    """The learning rate that was tuned for a recipe, or for the rule that its rule is a variant of; None where none was.
+    """Return the learning rate tuned for a recipe, or for the rule of which its rule is a variant; None if there is none.
 
     >>> tuned_rate(Recipe(rule="ccl-frozen")), tuned_rate(Recipe(rule="grapes:bp")), tuned_rate(Recipe(rule="ep"))
     (0.2, 0.05, None)
@@ -126,7 +126,7 @@ def tuned_rate(recipe: Recipe) -> float | None:
 
 
 def _of(rule: str, rates: Mapping[str, float]) -> float | None:
-    if rule in rates:  # a rule around another, tuned with it
+    if rule in rates:  # a rule around another, tuned as a whole
         return rates[rule]
     name = bare_rule(rule)
     name = AS.get(name, name)

@@ -1,4 +1,4 @@
-"""Worker processes for the seeds of a comparison: they obey signals, report what ended them, and die with their parent."""
+"""Worker processes for the seeds of a comparison: they obey signals, report why they ended, and end with their parent."""
 
 import multiprocessing
 import os
@@ -17,15 +17,15 @@ from apical.core import children
 from apical.errors import ApicalError, out_of_memory
 
 Body = Callable[[int, StopSignals], None]
-"""Trains one seed; raises Interrupted once all is saved. Importable by name."""
+"""Trains one seed; raises Interrupted once everything is saved. Importable by name."""
 
 
 DONE = "done"
-"""What a worker says last."""
+"""A worker's final message."""
 
 
 def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refresh: Callable[[], None]) -> None:
-    """Call `body` for each seed in a process of its own, `at_once` at a time; `refresh` is called now and then.
+    """Call `body` for each seed in a separate process, `at_once` at a time; `refresh` is called periodically.
 
     Raises:
         Interrupted: a signal came and was passed on; every worker has ended.
@@ -71,11 +71,11 @@ def run(seeds: Sequence[int], at_once: int, body: Body, stop: StopSignals, refre
 
 @contextmanager
 def _held_signals() -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM wait; a process started here gets them once it can obey them."""
+    """Defer Ctrl-C and SIGTERM within the block; a process started here receives them once it can obey them."""
     if os.name != "posix":
         yield
         return
-    resource_tracker.ensure_running()  # which unblocks both when it is started along with the first process
+    resource_tracker.ensure_running()  # it would unblock both if it were started with the first process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -84,7 +84,7 @@ def _held_signals() -> Iterator[None]:
 
 
 def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exception]:
-    """What went wrong in an ended worker; empty if nothing did or it was told to stop."""
+    """Return what went wrong in an ended worker; empty if nothing did or it was told to stop."""
     process.join()
     try:
         answer = receiver.recv() if receiver.poll() else None
@@ -94,13 +94,13 @@ def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exce
         receiver.close()
     if answer is not None:
         return [] if answer == DONE or isinstance(answer, Interrupted) else [answer]
-    code = process.exitcode or 0  # 0 without an answer: the process was left by os._exit
+    code = process.exitcode or 0  # 0 without a message: the process ended by os._exit
     how = f"was killed by signal {-code}, possibly out of memory" if code < 0 else f"ended with status {code}"
-    return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if need be")]
+    return [ApicalError(f"the process of seed {seed} {how}; continue with --resume, with fewer --jobs if necessary")]
 
 
 def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]) -> None:
-    """Body of a worker process; sends the exception that ended it, if one did."""
+    """Run a worker process; send the exception that ended it, if any."""
     children.adopt(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with StopSignals(impatient=False) as stop:
@@ -122,7 +122,7 @@ def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]
 
 
 def _die_with_parent() -> None:
-    """End this process at once when its parent is gone; what is saved can be resumed."""
+    """End this process immediately when its parent is gone; saved state can be resumed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

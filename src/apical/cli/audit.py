@@ -1,4 +1,4 @@
-"""`apical audit`: rules are trained shortly, measured, shown as a table, and kept with a figure."""
+"""`apical audit`: train rules briefly, measure them, print a table and save it with a figure."""
 
 import time
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from apical.cli.flags.audit import Audit
 
 IMAGES = 2000
-"""Training images that are used at most."""
+"""Largest number of training images used."""
 
 SEQUENCES = 500
-"""Training sequences that are used at most."""
+"""Largest number of training sequences used."""
 
 
 def run(flags: "Audit", command: str) -> int:
@@ -139,7 +139,7 @@ def _tell(record: dict[str, Any]) -> None:
         if key in row["claims"] and not row["claims"][key]["agrees"]
     ]
     if disagreements:
-        say(f"* measured otherwise than claimed in {record['claims']}:")
+        say(f"* differs from the claim in {record['claims']}:")
     for line in disagreements:
         say(f"  {line}")
     say("What the error of each layer passes through:")

@@ -1,4 +1,4 @@
-"""Rows of text for a terminal or a pipe: names are never cut, long texts are wrapped where there is a margin."""
+"""Rows of text for a terminal or a pipe: names are never cut, long texts are wrapped if the output has a margin."""
 
 import shutil
 import sys
@@ -6,16 +6,16 @@ import textwrap
 from collections.abc import Sequence
 
 _LEAST = 24
-"""Characters below which the last column gets lines of its own."""
+"""Width in characters below which the last column moves to separate lines."""
 
 
 def margin() -> int | None:
-    """Width of the terminal; None where the output goes elsewhere, which has none."""
+    """Return the width of the terminal, or None if the output goes elsewhere."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def columns(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Lines with the cells of each row below one another. The last cell is wrapped to the width, the others stay whole.
+    """Return lines with the cells aligned in columns. The last cell is wrapped to the width, the others stay whole.
 
     >>> columns([("a", "one two three"), ("long", "four")], 40)
     ['a     one two three', 'long  four']

@@ -1,4 +1,4 @@
-"""What the commands of the command line do. Everything is checked before the first file is written."""
+"""Commands of the command line. Everything is checked before the first file is written."""
 
 import os
 import re
@@ -121,12 +121,12 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
 
 
 def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
-    """The names of the rules; refuses unknown ones, one that is there twice, and options that none of them takes."""
+    """Return the names of the rules; refuse unknown names, duplicates, and options that none of the rules takes."""
     for rule in rules:
         find_rule(rule)
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) != len(names):
-        remedy = "" if len(set(rules)) != len(rules) else "; results go by the name of the class: rename one of them"
+        remedy = "" if len(set(rules)) != len(rules) else "; results are named after the class: rename one of them"
         raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}{remedy}")
     check_options(rules, flags.rule_options or ())
     return names
@@ -135,7 +135,7 @@ def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
 def check_epochs(recipes: Sequence[Recipe]) -> None:
     """Refuse recipes that train for different numbers of epochs."""
     if len({item.epochs for item in recipes}) > 1:
-        raise ConfigError("the rules of this recipe train for different numbers of epochs; give --epochs")
+        raise ConfigError("the rules of this recipe train for different numbers of epochs; set --epochs")
 
 
 def train(flags: "Train", command: str) -> int:
@@ -178,7 +178,7 @@ def train(flags: "Train", command: str) -> int:
 
 
 def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
-    """The recipe of one rule: the study's row or the defaults, with the given options in place."""
+    """Return the recipe of one rule: the study's row or the defaults, overridden by the given options."""
     if flags.tensorboard:
         check_installed()
     recipe = study.row(rule).recipe if study else Recipe(rule=rule)
@@ -202,7 +202,7 @@ def draft(flags: "Flags", study: Study | None, rule: str) -> Recipe:
 
 
 def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> list[Recipe]:
-    """The recipes, with the loss that goes with the data where none was asked for; says what the user's own data are."""
+    """Return the recipes, with the loss that suits the data unless one was given; describe the user's own data."""
     first, note = drafts[0], ""
     if flags.loss is None and (fits := loss_for(first)) in ("mse", "token_cross_entropy") and first.loss != fits:
         drafts = [replace(recipe, loss=fits) for recipe in drafts]
@@ -215,42 +215,42 @@ def understood(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], N
 
 
 def tell_rates(drafts: Sequence[Recipe], flags: "Flags", tell: Callable[[str], None]) -> None:
-    """Say which learning rates and optimisers are not the common ones though none were asked for."""
+    """Report learning rates and optimisers that differ from the common defaults although none were given."""
     common = [] if flags.recipe or "lr" in flags.settings() else drafts
     tuned = [item for item in common if tuned_rate(item)]
     for item in common if "optimizer" not in flags.settings() else ():
         if own_training(item):
-            tell(f"{item.rule_name} trains with adam at {item.lr[0]:g}; --optimizer and --lr set others")
+            tell(f"{item.rule_name} trains with adam at {item.lr[0]:g}; --optimizer and --lr change this")
     if tuned:
         rates, rest = (
             ", ".join(f"{item.rule_name} {item.lr[0]:g}" for item in drafts if (item in tuned) is wanted)
             for wanted in (True, False)
         )
-        message = f"learning rates as tuned for each rule on these data: {rates}; --lr sets another"
+        message = f"learning rates tuned for each rule on these data: {rates}; --lr overrides them"
         tell(message + (f"; not tuned: {rest}" if rest else ""))
 
 
 def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
-    """The option that gives the rule its teacher file; none for those rules of a comparison that have no teacher."""
+    """Return the option that sets the rule's teacher file; empty for rules of a comparison without a teacher."""
     of_them = getattr(flags, "rules", None) or (rule,)
     if not any("teacher" in constructor_options(find_rule(other)) for other in of_them):
-        raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; tdca has")
+        raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; it is for tdca")
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
 
 def _news(flags: "Flags") -> dict[str, Any]:
-    """The settings given for a run that is begun; a resumed one was begun with these, whatever is refused today."""
+    """Return the settings given for a new run; empty for a resumed run, which was accepted with them when it started."""
     return {} if flags.resume else flags.settings()
 
 
 def prepare(
     drafts: Sequence[Recipe], tell: Callable[[str], None] | None = None, given: Mapping[str, Any] | None = None
 ) -> tuple[list[Recipe], list[list[str]]]:
-    """The recipes with the rules' defaults, and notes on them; builds each model and rule once, to see that it works.
+    """Return the recipes with the rules' defaults, and notes. Builds each model and rule once, to check that it works.
 
     Args:
-        tell: is told how what is trained differs from the models as they are named.
-        given: settings of the user's; those without any effect are refused.
+        tell: receives a line where the trained network differs from the model as it is named.
+        given: settings that the user gave; those without any effect are refused.
     """
     first = drafts[0]
     pick_device(first.device)
@@ -283,28 +283,28 @@ def prepare(
     for i, recipe in enumerate(recipes):
         if any(apart) and not apart[i] and recipe.has_feedback_passes:
             recipes[i] = replace(recipe, pretrain_epochs=0, feedback_passes=0)
-            notes[i].append(f"no feedback passes: {recipe.rule_name} learns no feedback weights in passes of their own")
+            notes[i].append(f"no feedback passes: {recipe.rule_name} has no feedback weights to train separately")
         recipes[i].check_phases(two_phase=apart[i])
     refuse_idle(given or {}, recipes, dataset, has_feedback=has_feedback)
     return recipes, notes
 
 
 def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
-    """Refuse what a rule cannot teach, which some see at their first batch only, before anything is trained.
+    """Refuse what a rule cannot train before any training starts; some rules detect it only at their first batch.
 
     Args:
-        rule: one that is not used afterwards.
+        rule: a throw-away instance, not used afterwards.
 
     Raises:
         ConfigError, UnsupportedModelError: the rule's own, with its name.
     """
-    with named(recipe), suppress(DivergenceError):  # training says so, and goes on with the other rules
+    with named(recipe), suppress(DivergenceError):  # training reports it, and continues with the other rules
         own_rules.checked(rule, rule(*probe_batch(dataset.train, FEW))).backward()
 
 
 @contextmanager
 def named(recipe: Recipe) -> Iterator[None]:
-    """Within, what a rule refuses is raised with its name."""
+    """Prefix errors raised by a rule with its name."""
     try:
         yield
     except (ConfigError, UnsupportedModelError) as error:
@@ -316,16 +316,16 @@ FEW = 8
 """Samples of a batch on which a rule is tried."""
 
 _NUMBERS = {
-    "rules": "rules are called by names such as pfa; --seeds sets how many seeds each gets, --epochs how long they train",
-    "rule": "a rule is called by a name such as pfa; --epochs sets how long it trains",
-    "data": "data are called by a name, a file or a folder; --train-limit sets how many samples are used",
-    "model": "a network is called by a name with its widths, such as mlp-64-64",
-    "recipe": "a recipe is called by a name; see apical list recipes",
+    "rules": "expected names of rules, such as pfa; --seeds sets the number of seeds per rule, --epochs the training length",
+    "rule": "expected the name of a rule, such as pfa; --epochs sets the training length",
+    "data": "expected a name, a file or a folder; --train-limit sets the number of samples",
+    "model": "expected a name with widths, such as mlp-64-64",
+    "recipe": "expected the name of a recipe; see apical list recipes",
 }
 
 
 def refuse_numbers(flags: Any) -> None:
-    """Refuse a number, or nothing, in the place of a name, and say which option it may have been meant for."""
+    """Refuse a number or an empty value where a name is expected, and name the option that was probably meant."""
     for option, remedy in _NUMBERS.items():
         values = getattr(flags, option, None)
         where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"
@@ -337,7 +337,7 @@ def refuse_numbers(flags: Any) -> None:
 
 
 def find_study(name: str | None) -> Study | None:
-    """The study of that name, or in the JSON file of that name, such as a sweep's best.json; None for None."""
+    """Return the study with that name, or from a JSON file such as a sweep's best.json; None for None."""
     if name is None:
         return None
     if name.endswith(".json"):
@@ -347,7 +347,7 @@ def find_study(name: str | None) -> Study | None:
 
 
 def stopped(interrupted: Interrupted, command: str) -> int:
-    """Say how to continue; returns the exit status that a shell expects."""
+    """Print how to continue; return the exit status that a shell expects."""
     words = [word for word in shlex.split(command) if word not in ("--overwrite", "--resume")]
     print(f"stopped at {interrupted.where}; saved. Continue with: {shlex.join([*words, '--resume'])}")
     return 128 + interrupted.signum
@@ -355,7 +355,7 @@ def stopped(interrupted: Interrupted, command: str) -> int:
 
 @contextmanager
 def progress_of(training: Training, visible: bool) -> Iterator[tuple[Any, Any]]:
-    """Callbacks that show steps (a bar, in a terminal only) and finished epochs."""
+    """Yield callbacks that show steps (a bar, only in a terminal) and finished epochs."""
 
     def on_line() -> None:
         say(describe(training.line, training.recipe.epochs))
@@ -381,12 +381,12 @@ def listing(flags: Any, command: str) -> int:
 
 
 def data_rows() -> list[tuple[str, str]]:
-    """Each data set, and where it is."""
+    """Return each data set with its location."""
     return [(row.name, "; ".join(filter(None, (row.what, row.images, row.where)))) for row in data.status()]
 
 
 def fetch_or_list(flags: Any, command: str) -> int:
-    """Download a data set and print where it lies, or print all data sets."""
+    """Download a data set and print its location, or print all data sets."""
     name = getattr(flags.action, "name", None)
     if name is not None:
         require_choice("data set", name, data.names())
@@ -400,7 +400,7 @@ def write_report(flags: Any, command: str) -> int:
     """Write the report of a folder and print its path."""
     folder = flags.folder
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder")
+        raise ConfigError(f"{folder} is not a folder")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"no permission to write in {folder}")
     print(shown_path(report.write(folder)))
@@ -414,4 +414,4 @@ RUN: dict[str, Callable[[Any, str], int]] = {
     "data": fetch_or_list,
     "list": listing,
 }
-"""What runs the commands that have no file of their own."""
+"""Functions of the commands that have no separate file."""

@@ -1,4 +1,4 @@
-"""`apical evolve`: from its flags to an evolution with a progress bar, in its folder, here or on a Ray cluster."""
+"""`apical evolve`: run an evolution from its flags, with a progress bar, in its folder, here or on a Ray cluster."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -33,7 +33,7 @@ def run(flags: "Evolve", command: str) -> int:
     """Evolve a top-down network; returns the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
-    Search(strategy(recipe), task.start)  # these two refuse what cannot be, before anything is written
+    Search(strategy(recipe), task.start)  # these two refuse impossible settings before anything is written
     for which in range(len(task.sets)):
         task.sample(recipe.seed, which)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)
@@ -65,7 +65,7 @@ def _workers(flags: "Evolve", chunk: int) -> Workers:
 
 
 def drafted(flags: "Evolve") -> EvolutionRecipe:
-    """The committed recipe asked for, or the defaults, with the given options in place."""
+    """Return the named recipe or the defaults, overridden by the given options."""
     names = EvolutionRecipe.__dataclass_fields__
     settings = {name: getattr(flags, name) for name in names if getattr(flags, name, None) is not None}
     if flags.recipe is None:
@@ -75,7 +75,7 @@ def drafted(flags: "Evolve") -> EvolutionRecipe:
 
 
 def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
-    """The recipe with whole paths and checksums of the user's own data and networks; prints what the data are."""
+    """Return the recipe with absolute paths and checksums of the user's own data and networks; describe the data."""
     pairs = [located({"data": name}) for name in recipe.data], [located({"model": name}) for name in recipe.model]
     sets, networks = (tuple(item[what] for item in places) for what, places in zip(("data", "model"), pairs, strict=True))
     loaded = [data.load(name) for name in sets if name not in data.names()]
@@ -96,7 +96,7 @@ def identified(recipe: EvolutionRecipe) -> EvolutionRecipe:
 
 @contextmanager
 def _shown(recipe: EvolutionRecipe) -> Iterator[Any]:
-    """A function that shows a generation: a bar with the fitness in a terminal, otherwise a line at every tenth part."""
+    """Yield a function that shows a generation: a bar with the fitness in a terminal, otherwise a line every tenth part."""
     part = max(1, recipe.generations // 10)
 
     def text(line: dict[str, Any]) -> str:

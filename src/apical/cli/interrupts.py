@@ -13,9 +13,9 @@ LINE = "apical: interrupted"
 
 
 def end(signum: int, frame: FrameType | None) -> None:
-    """Handler of SIGINT for times in which nothing is written: ends the process, with one line.
+    """Handle SIGINT while nothing is being written: print one line and end the process.
 
-    An exception would be printed by what is being imported, or get lost in it.
+    An exception would be printed, or swallowed, by the module being imported.
     """
     try:
         sys.stdout.flush()
@@ -28,7 +28,7 @@ class Raise:
     """Handler of SIGINT that raises KeyboardInterrupt.
 
     Attributes:
-        came: whether it did: the exception may get lost on its way, and a training that starts afterwards stops at once.
+        came: whether SIGINT came: the exception may be swallowed; a training that starts afterwards then stops immediately.
     """
 
     came = False
@@ -41,12 +41,12 @@ class Raise:
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within, SIGINT is handled so, unless it is ignored or somebody else's."""
+    """Handle SIGINT this way within the block, unless it is ignored or other code handles it."""
     before = signal.getsignal(signal.SIGINT)
     try:
         if before is end or before is signal.default_int_handler:
             signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not the main thread, which alone hears signals
+    except ValueError:  # not the main thread, which alone receives signals
         before = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""`apical landscape`: from finished runs with trajectories to their loss surface, its figure and its numbers."""
+"""`apical landscape`: compute the loss surface of finished runs with trajectories, its figure and its numbers."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from apical.cli.flags.landscape import Landscape
 
 SPANS = {"pca": 1.3, "random": 1.0}
-"""Half-width of the surface where --span is not given."""
+"""Half-width of the surface if --span is not given."""
 
 
 def run(flags: "Landscape", command: str) -> int:
-    """Draw the runs on one surface; returns the exit status."""
+    """Plot the runs on one surface; return the exit status."""
     with held(flags.out, "drawing", partial(_check, flags)):
         return _run(flags, command)
 
@@ -74,7 +74,7 @@ def _check(flags: "Landscape") -> None:
 
 
 def _tell(record: dict[str, Any]) -> None:
-    """Print the numbers that belong beside the figure."""
+    """Print the numbers that accompany the figure."""
     for path in record["diverged"]:
         say(f"left out, because it diverged: {path}")
     for seed, same in record["same_start"].items():
@@ -82,7 +82,7 @@ def _tell(record: dict[str, Any]) -> None:
             say(f"the runs with seed {seed} start from different weights")
     if record["explained_variance"] is not None:
         first, second = (100 * share for share in record["explained_variance"])
-        say(f"the plane holds {first:.1f} % + {second:.1f} % of the snapshots' variance")
+        say(f"the plane covers {first:.1f} % + {second:.1f} % of the snapshots' variance")
     lines = []
     for row in record["runs"]:
         numbers = (row["losses"][-1], max(row["distances"]), row["start_to_end"], row["tortuosity"])

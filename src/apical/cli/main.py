@@ -35,7 +35,7 @@ DESCRIPTION = "Train PyTorch networks with credit-assignment rules other than ba
 
 @dataclass(frozen=True)
 class Report:
-    """Write figures and report.html from what a folder holds."""
+    """Write the figures and report.html of a folder."""
 
     folder: Positional[Path]
     """Folder of a comparison or of one run."""
@@ -51,12 +51,12 @@ class DataFetch:
 
 @dataclass(frozen=True)
 class DataList:
-    """Data sets and where they were found."""
+    """List data sets and where they were found."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Download a data set, or see which are here."""
+    """Download a data set, or list those on this machine."""
 
     action: OmitArgPrefixes[
         Annotated[DataFetch, subcommand("fetch", prefix_name=False)]
@@ -85,7 +85,7 @@ COMMANDS: dict[str, type] = {
     "data": Data,
     "list": List,
 }
-"""The flags of each command. What runs it is `run(flags, command)` in `apical.cli.<name>`, imported only then, or stands in
+"""The flags of each command. `run(flags, command)` in `apical.cli.<name>`, imported only then, runs it, or the function in
 `apical.cli.commands.RUN`."""
 
 Command: Any = Union[  # noqa: UP007  (of a list)
@@ -94,7 +94,7 @@ Command: Any = Union[  # noqa: UP007  (of a list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
+    """Run the command line; return the exit status: 0, 2 for an error, 3 diverged, 128 + signal if interrupted."""
     arguments = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     status = _status(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -105,13 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _at_home(word: str) -> str:
-    """A path from the home folder, which shells leave as it is behind an equals sign: --out=~/runs."""
+    """Expand `~` in a path, which shells do not expand after an equals sign: --out=~/runs."""
     option, mark, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return option + mark + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
 def _parsed(arguments: Sequence[str]) -> Any:
-    """The command and its options."""
+    """Return the command and its options."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
@@ -130,7 +130,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
 
 
 def _asked_for(arguments: Sequence[str]) -> str | None:
-    """The version or the help that was asked for; None for a command to be run, or help that tyro gives."""
+    """Return the version or help that was requested; None for a command to run, or help that tyro prints."""
     if arguments == ["--version"]:
         return f"apical {__version__}"
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -159,7 +159,7 @@ def _status(arguments: Sequence[str]) -> int:
     except OSError as error:
         message = _said(error, parsed)
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # as rich ends then
+        if isinstance(error.__context__, BrokenPipeError):  # how rich ends in this case
             return _unheard()
         if parsed is None:  # tyro's, after help
             raise
@@ -174,14 +174,14 @@ def _status(arguments: Sequence[str]) -> int:
         if (told := out_of_memory(error) or own_code.blamed(error)) is None:
             raise
         message = told
-    # under torchrun every process says it: the first to end has the others killed, perhaps before they spoke
+    # under torchrun every process prints it: the first to end gets the others killed, perhaps before they print
     print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
 
 def _unheard() -> int:
-    """The status of a program whose reader, such as `head`, has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still has to write at its end
+    """Return the exit status of a program whose reader, such as `head`, has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at exit
     return 128 + 13
 
 
@@ -189,17 +189,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _said(error: OSError, parsed: Any) -> str:
-    """An error of the system in one line; a full disk's with the folder and how to go on."""
+    """Return a system error as one line; for a full disk, with the folder and how to continue."""
     out = getattr(parsed, "out", None) or getattr(parsed, "folder", None)
     where = error.filename or (out if error.errno in _FULL else None)
     text = (error.strerror or str(error)) + (f": {where}" if where else "")
     if error.errno in _FULL and hasattr(parsed, "resume"):
-        text += f"; what was saved in {out} is kept: make room, then give the same command with --resume"
+        text += f"; what was saved in {out} is kept: free some space, then run the same command with --resume"
     return text
 
 
 def _runner(parsed: Any) -> Callable[[Any, str], int]:
-    """What runs a command; imports torch and all that the command needs."""
+    """Return the function that runs a command; imports torch and everything else that the command needs."""
     from apical.cli.commands import RUN
 
     name = next(name for name, flags in COMMANDS.items() if flags is type(parsed))

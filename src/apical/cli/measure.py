@@ -1,4 +1,4 @@
-"""`apical measure`: networks by name and trained ones from folders, measured, shown as tables, kept with a page."""
+"""`apical measure`: measure networks by name and trained ones from folders; print tables and write a page."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ BEFORE = "before training"
 
 
 def run(flags: "Measure", command: str) -> int:
-    """Measure the targets; returns the exit status."""
+    """Measure the targets; return the exit status."""
     with held(flags.out, "measuring", partial(_check, flags)):
         return _run(flags, command)
 
@@ -96,14 +96,14 @@ def _check(flags: "Measure") -> None:
     given = {"--data": flags.data != "digits", "--init": bool(flags.init), "--seed": bool(flags.seed)}
     idle = [option for option, is_given in given.items() if is_given]
     if idle and all(Path(target).is_dir() for target in flags.targets):
-        raise ConfigError(f"without effect here: {', '.join(idle)} (folders have their own); leave it out")
+        raise ConfigError(f"without effect here: {', '.join(idle)} (folders have their own); drop it")
     for name in flags.measure:
         find_measure(name)
     check_alone("measure", flags, "what was measured")
 
 
 def _networks(flags: "Measure", notes: list[str]) -> Iterator[tuple[str, int, nn.Module, Dataset]]:
-    """Each network with its label, its seed and its data."""
+    """Yield each network with its label, its seed and its data."""
     load = lru_cache(maxsize=2)(load_data)
     for target in flags.targets:
         path = Path(target)
@@ -121,7 +121,7 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
     seen: set[tuple[str, str, int]] = set()
     for folder in map(RunFolder, run_folders(source)):
         if not folder.config.exists():
-            notes.append(f"left out, because it has not begun: {folder.path}")
+            notes.append(f"left out, because it has not started: {folder.path}")
             continue
         if not folder.checkpoint.exists():
             notes.append(f"left out, because it has no checkpoint: {folder.path}")
@@ -129,7 +129,7 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
         recipe = folder.recipe()
         dataset = load(recipe)
         key = (recipe.model, recipe.init, recipe.seed)
-        if key not in seen:  # every rule begins with the same weights
+        if key not in seen:  # every rule starts with the same weights
             seen.add(key)
             yield prefix + BEFORE, recipe.seed, _initial(recipe, dataset), dataset
         state = checkpoint.load(folder.checkpoint)
@@ -142,7 +142,8 @@ def _trained(source: Path, load: Any, notes: list[str], prefix: str) -> Iterator
         rule.detach()
         if not rule.feed_forward:
             notes.append(
-                f"{recipe.rule_name} answers in its own way; activities and Jacobians here are of its model's forward pass"
+                f"{recipe.rule_name} computes its answers differently; activities and Jacobians here are those of the "
+                "model's forward pass"
             )
         if state["epoch"] < recipe.epochs:
             notes.append(f"{folder.path} ended after {state['epoch']} of {recipe.epochs} epochs")
@@ -155,11 +156,11 @@ def _initial(recipe: Recipe, dataset: Dataset) -> nn.Module:
 
 
 Part = tuple[str, list[str], list[list[str]]]
-"""Title, heads and lines of a table."""
+"""Title, column heads and rows of a table."""
 
 
 def _tables(rows: Sequence[Mapping[str, Any]], measure: str) -> list[Part]:
-    """One of the networks, and one of their layers."""
+    """Return a table of the networks, and one of their layers."""
     labels = dict.fromkeys(row["network"] for row in rows)
     cells = [([name], [row["measured"].get(measure, {}) for row in rows if row["network"] == name]) for name in labels]
     whole, layers = of_networks_and_layers(cells, ["network"], "layer")
@@ -186,5 +187,5 @@ def _page(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str],
     body = "".join(f"<h2>{title}</h2>{html_table(heads, lines)}" for _, title, heads, lines in tables)
     settings = {key: record[key] for key in ("targets", "data", "samples")}
     body += reproduce(record["command"], pairs(settings), pairs(record["environment"]))
-    lead = "Numbers of the networks, whatever rule has trained them; means over seeds ± standard deviation. "
+    lead = "Measures of the networks, independent of the rule that trained them; means over seeds ± standard deviation. "
     return document("Measures of networks", lead + " ".join(record["notes"]), body, full=True)

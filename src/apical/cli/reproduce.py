@@ -1,4 +1,4 @@
-"""`apical reproduce`: tables of papers by name, at a budget, with verdicts computed from tolerance and data."""
+"""`apical reproduce`: run tables of papers by name, at a budget, with verdicts computed from tolerance and data."""
 
 import re
 import time
@@ -33,9 +33,9 @@ Row = dict[str, Any]
 
 
 def run(flags: "Reproduce", command: str) -> int:
-    """Run the tables one after another; returns the exit status, that of the first table that has another than 0."""
+    """Run the tables one after another; return the first exit status other than 0, or 0."""
     if under_torchrun():
-        raise ConfigError("apical reproduce runs its own processes, not under torchrun")
+        raise ConfigError("apical reproduce starts its own processes; do not run it under torchrun")
     if not flags.targets:
         _list()
         return 0
@@ -46,13 +46,13 @@ def run(flags: "Reproduce", command: str) -> int:
     for name, table in tables.items():
         status = reproduce(name, table, flags, command)
         worst = worst or status
-        if status > 128:  # a signal: the rest is not wanted either
+        if status > 128:  # a signal: the user does not want the rest either
             return status
     return worst
 
 
 def tables_of(target: str) -> dict[str, Table]:
-    """The tables that a target means, by "paper/table"."""
+    """Return the tables that a target names, by "paper/table"."""
     paper, _, name = target.partition("/")
     if paper not in all_tables():
         raise unknown_name("paper", target, [f"{p}/{t}" for p, tables in all_tables().items() for t in tables])
@@ -63,7 +63,7 @@ def tables_of(target: str) -> dict[str, Table]:
 
 
 def place(flags: "Reproduce", name: str, table: Table) -> Path:
-    """Where a table's runs go; the file of one that writes a file."""
+    """Return where a table's runs go; the file, for a table that writes a file."""
     suffix = "" if flags.budget == "cpu" else f"-{flags.budget}"
     path = flags.out / f"{name.replace('/', '-')}{suffix}"
     return path.with_name(f"{path.name}.json") if table.result == "file" else path
@@ -73,10 +73,10 @@ def _check(table: Table, path: Path, flags: "Reproduce") -> None:
     check_writable(flags.out)
     if flags.kept:
         if flags.resume or flags.overwrite:
-            raise ConfigError("--kept trains nothing; leave --resume and --overwrite out")
+            raise ConfigError("--kept trains nothing; drop --resume and --overwrite")
         return
     if flags.ray and table.module:
-        raise ConfigError("--ray is for tables of trainings; this one has a program of its own, which runs here")
+        raise ConfigError("--ray is for tables of trainings; this table has its own program, which runs here: drop --ray")
     if flags.overwrite:
         refuse_links(path / "cells", path)
     if flags.resume or flags.overwrite:
@@ -88,7 +88,7 @@ def _check(table: Table, path: Path, flags: "Reproduce") -> None:
 
 
 def reproduce(name: str, table: Table, flags: "Reproduce", command: str) -> int:
-    """Run one table, print its verdicts and keep them; returns the exit status."""
+    """Run one table, print its verdicts and save them; return the exit status."""
     path, sizes, status = place(flags, name, table), table.budgets[flags.budget], 0
     say(f"== {name}, budget {flags.budget}: {table.title}")
     if flags.kept:
@@ -131,7 +131,7 @@ def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command
 def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
     lock = FolderLock(path) if table.result == "folder" else FolderLock(path.parent, f".{path.name}.lock")
     lock.hold("reproducing", wait=0)
-    _check(table, path, flags)  # again: its last holder may have written it since
+    _check(table, path, flags)  # again: its last holder may have written to it since
     if flags.overwrite:
         remove_tree(path / "cells", path)
     options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", *str(value).split())]
@@ -140,7 +140,7 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
     try:
         return int(import_module(table.module).main(["--out", str(path), *options]) or 0)
     except KeyboardInterrupt:
-        print("stopped; what is finished is kept. Continue with the same command and --resume")
+        print("stopped; finished parts are kept. Continue with the same command and --resume")
         return 130
     finally:
         torch.set_num_threads(threads)
@@ -148,14 +148,14 @@ def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
 
 
 def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
-    """Sizes, command, seconds and environment of what a folder holds.
+    """Return sizes, command, seconds and environment of the run in a folder.
 
     Raises:
-        ConfigError: the folder holds no finished run of the table, or one of another study.
+        ConfigError: the folder contains no finished run of the table, or a run of another study.
     """
     files = [path] if table.result == "file" else [path / name for name in _needed(table)]
     if not all(file.exists() for file in files):
-        raise ConfigError(f"--kept: {path} holds no finished run; leave --kept out to run the table")
+        raise ConfigError(f"--kept: {path} contains no finished run; drop --kept to run the table")
     content = read_json(files[0])
     if not table.study:
         asked = re.findall(r"--([\w-]+)[ =](\S+(?: (?!--)\S+)*)", content["command"])
@@ -163,7 +163,7 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
         sizes = {name: _like(value, given.get(name)) for name, value in budget.items()}
         return sizes, {key: content[key] for key in ("command", "seconds", "environment")}
     if content.get("study") != table.study:
-        raise ConfigError(f"--kept: {path} holds a run of {content.get('study')}, not of {table.study}")
+        raise ConfigError(f"--kept: {path} contains a run of {content.get('study')}, not of {table.study}")
     own, runs = studies()[table.study].rows, _rows(path / "summary.json")
     recipes = {recipe["rule"]: recipe for recipe in content["recipes"].values()}
     sizes = {"epochs": min(recipe["epochs"] for recipe in recipes.values()), "seeds": len(content["seeds"])}
@@ -177,7 +177,7 @@ def kept_run(path: Path, table: Table, budget: Sizes) -> tuple[Sizes, Row]:
 
 
 def _needed(table: Table) -> list[str]:
-    """What a finished run of a table leaves in its folder; verdicts only where there are numbers to judge it by."""
+    """Return the files that a finished run of a table leaves in its folder; verdicts only if there are published numbers."""
     if not table.study:
         return ["results.json"]
     study = studies()[table.study]
@@ -190,12 +190,12 @@ def _rows_of(path: Path, table: Table, sizes: Sizes) -> list[Row]:
 
 
 def _like(value: int | float | str, text: str | None) -> int | float | str:
-    """The text as a number, where the value is one; the value itself where there is none."""
+    """Return the text as a number if the value is one; the value itself if there is no text."""
     return value if text is None else type(value)(text)
 
 
 def study_rows(path: Path, sizes: Sizes) -> list[Row]:
-    """Every published number of a comparison with what was measured, its interval and the verdict."""
+    """Return every published number of a comparison with the measured one, its interval and the verdict."""
     cut = any(name.endswith("_limit") for name in sizes)
     epochs = int(sizes["epochs"]) if "epochs" in sizes else None
     return [
@@ -215,7 +215,7 @@ def study_rows(path: Path, sizes: Sizes) -> list[Row]:
 
 
 def _judged(path: Path) -> Sequence[Verdict]:
-    """From the runs, or where only the summary of them is kept, as they were judged when they ended."""
+    """Judge the runs or, if only their summary is kept, return the verdicts given when they ended."""
     if (path / "runs").exists():
         return judge(read(path))
     kept = path / "verdicts.json"
@@ -233,7 +233,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def verdict(row: Verdict, epochs: int | None, *, cut: bool) -> str:
-    """The verdict on one number, if the budget lets it be told.
+    """Return the verdict on one number, if the budget is large enough for one.
 
     Args:
         row: the number, and the verdict that tolerance and data give.
@@ -252,7 +252,7 @@ def _reference(row: Verdict) -> str:
 
 
 def module_rows(path: Path, table: Table, sizes: Sizes) -> list[Row]:
-    """The verdicts that a module came to; none, where the budget is smaller than they are meant for."""
+    """Return a module's verdicts; none if the budget is smaller than they require."""
     content: Mapping[str, Any] = read_json(path if table.result == "file" else path / "results.json")
     small = too_small(table, sizes)
     rows = []
@@ -276,7 +276,7 @@ def _tell(rows: Sequence[Row]) -> None:
 
 
 def measured(row: Row) -> str:
-    """What was measured, with its 95 % interval.
+    """Return the measured value with its 95 % interval.
 
     >>> measured({"measured": 98.125, "low": 98.0, "high": 98.25})
     '98.12 [98, 98.25]'
@@ -294,10 +294,10 @@ def _list() -> None:
         for name, table in tables.items():
             rows.append((f"{paper}/{name}", *(cost(table, budget) for budget in BUDGETS), table.title))
     print("\n".join(columns(rows, margin())))
-    print("\nTimes on two cores, - where none was measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.")
+    print("\nTimes on two cores; - where none was measured. apical reproduce PAPER/TABLE --budget smoke takes minutes.")
 
 
 def cost(table: Table, budget: Budget) -> str:
-    """Measured hours of a budget, in words."""
+    """Return the measured hours of a budget as text."""
     hours = table.hours.get(budget)
     return "-" if hours is None else f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"

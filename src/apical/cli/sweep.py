@@ -1,4 +1,4 @@
-"""`apical sweep`: equal trials for every rule, judged by validation images; the best of each is tested afterwards."""
+"""`apical sweep`: equal trials for every rule, scored on validation images; the best of each is tested afterwards."""
 
 import json
 import shlex
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 TRIALS = 20
 SHARE = 10
-"""One in so many training images is held out for validation where the recipe holds out none."""
+"""One in this many training images is held out for validation if the recipe holds out none."""
 
 
 def run(flags: "Sweep", command: str) -> int:
-    """Search, choose, test; returns the exit status."""
+    """Search, choose, test; return the exit status."""
     rules, drafts, axes = _planned(flags)
     lock = _open(flags, command, drafts, axes)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
@@ -64,14 +64,14 @@ def run(flags: "Sweep", command: str) -> int:
 
 
 def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Axis]]]:
-    """Rules, the recipe that the settings go into, and the axes, all checked."""
+    """Return the rules, their recipes without the searched settings, and the axes, all checked."""
     if under_torchrun():
-        raise ConfigError("apical sweep runs its own processes, not under torchrun")
+        raise ConfigError("apical sweep starts its own processes; do not run it under torchrun")
     check_least(flags, seeds=1, jobs=0, final_seeds=0, trials=1)
     if flags.search == "grid" and flags.trials is not None:
         raise ConfigError("--trials is for --search random and optuna; a grid search always runs every combination")
     if flags.tensorboard:
-        raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial")
+        raise ConfigError("--tensorboard is for train and compare; a sweep keeps metrics.jsonl of every trial: drop it")
     commands.refuse_numbers(flags)
     study = commands.find_study(flags.recipe)
     rules = list(dict.fromkeys(flags.rules or (tuple(study.rows) if study else commands.DEMO_RULES)))
@@ -85,14 +85,14 @@ def _planned(flags: "Sweep") -> tuple[list[str], list[Recipe], dict[str, list[Ax
         if len(set(sizes.values())) > 1:
             numbers = ", ".join(f"{rule} {size}" for rule, size in sizes.items())
             raise ConfigError(
-                f"the grids have different sizes ({numbers}), so the comparison would not be fair; give all rules as many "
-                "values, or choose --search random or optuna with --trials"
+                f"the grids have different sizes ({numbers}), so the comparison would not be fair; give all rules the same "
+                "number of values, or use --search random or optuna with --trials"
             )
     if not drafts[0].validation:
         held_out = max(1, len(load_data(drafts[0]).train) // SHARE)
         drafts = [replace(recipe, validation=held_out) for recipe in drafts]
     recipes: list[Recipe] = []
-    for rule, recipe in zip(rules, drafts, strict=True):  # settings that are known are built, to see that they work
+    for rule, recipe in zip(rules, drafts, strict=True):  # known settings are built once, to check that they work
         trials = grid(axes[rule]) if flags.search == "grid" else [{}]
         recipes += commands.prepare([applied(recipe, settings) for settings in trials])[0]
     if not flags.resume:
@@ -107,12 +107,12 @@ def _refuse_idle(
     axes: Mapping[str, Sequence[Axis]],
     recipes: Sequence[Recipe],
 ) -> None:
-    """Refuse settings, and axes, that no trial of any rule would make use of."""
+    """Refuse settings and axes that no trial of any rule would use."""
     dataset, tried = load_data(drafts[0]), list(recipes)
     for rule, recipe in zip(rules, drafts, strict=True):
         for axis in axes[rule]:
             tried += [applied(recipe, {axis.name: value}) for value in axis.values or (axis.low, axis.high)]
-    once = {recipe.rule_name: recipe for recipe in recipes}.values()  # what learns apart is the same in all trials of a rule
+    once = {recipe.rule_name: recipe for recipe in recipes}.values()  # feedback learning is the same in all trials of a rule
     rules_of = (make_rule(recipe, build_model(recipe, dataset), dataset.input_shape) for recipe in once)
     learning = any(parameter.requires_grad for rule in rules_of for parameter in rule.feedback_parameters())
     names = {axis.name: None for of_rule in axes.values() for axis in of_rule}  # in their order
@@ -124,12 +124,12 @@ def _without(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[str, Sequence[Axis]]) -> FolderLock:
-    """Make the folder, or see that the sweep in it is the same; keeps other sweeps out of it.
+    """Make the folder, or check that it contains the same sweep; lock it against other sweeps.
 
-    What an axis sets need not be the same before: a default that was tuned since says nothing of the trials.
+    Defaults of settings on an axis may differ: a default tuned in the meantime does not affect the trials.
     """
     lock = FolderLock(flags.out)
-    for held in (False, True):  # what was seen before it is held may have changed
+    for held in (False, True):  # checked again once locked: it may have changed in between
         check_writable(flags.out, "plan.json")
         if not (flags.overwrite or flags.resume):
             refuse_used(flags.out)
@@ -152,7 +152,7 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[
         saved = read_json(path)
         if not isinstance(saved.get("recipes"), dict) or not all(isinstance(r, dict) for r in saved["recipes"].values()):
             raise CheckpointError(f"{path} is damaged (it has no recipes); {REMEDY}")
-        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added, and left out
+        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added or left out
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
         settled = {rule_name(rule): {axis.name for axis in of_rule} for rule, of_rule in axes.items()}
@@ -161,7 +161,7 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[
                 unlike.append(f"recipe of {rule}")
         if unlike:
             raise CheckpointError(
-                f"{flags.out} holds a sweep with other settings ({', '.join(unlike)}); resume with the same ones or choose "
+                f"{flags.out} contains a sweep with other settings ({', '.join(unlike)}); resume with the same ones or use "
                 "another --out"
             )
         if asked["recipes"].keys() == saved["recipes"].keys():
@@ -178,7 +178,7 @@ def _searched(
     train: Execute,
     stop: StopSignals,
 ) -> list[Trial]:
-    """All trials of one rule, finished."""
+    """Run all trials of one rule and return them."""
     search: Grid | Optuna
     if flags.search == "grid":
         search = Grid(grid(axes))
@@ -218,7 +218,7 @@ def _trial(flags: "Sweep", name: str, number: int, settings: dict[str, Any], rec
 
 
 def winner(rule: str, trials: Sequence[Trial]) -> Trial | None:
-    """The trial of a rule with the best validation score, the first of equals; None if all diverged."""
+    """Return the trial of a rule with the best validation score, the first of equals; None if all diverged."""
     scored = [(trial.score, -trial.number, trial) for trial in trials if trial.rule == rule and trial.score is not None]
     return max(scored, key=lambda score: score[:2])[2] if scored else None
 
@@ -230,7 +230,7 @@ def _keep(
     trials: Sequence[Trial],
     best: Sequence[Trial | None],
 ) -> None:
-    """sweep.json, best.json, figure."""
+    """Write sweep.json, best.json and the figure."""
     records, chosen = [trial.record() for trial in trials], {trial.rule: trial.number for trial in best if trial}
     record = {
         "command": command,
@@ -262,12 +262,12 @@ def _keep(
 
 
 def _test(flags: "Sweep", command: str, best: Sequence[Trial], stop: StopSignals) -> int:
-    """Train the best settings again with fresh seeds and test them; returns the exit status."""
+    """Train the best settings again with new seeds and test them; return the exit status."""
     if not flags.final_seeds or not best:
         return 0 if best else commands.DIVERGED
     job = Job(
         recipes=tuple(replace(trial.recipes[0], threads=0) for trial in best),
-        seeds=tuple(range(1000, 1000 + flags.final_seeds)),  # none that a trial may have had
+        seeds=tuple(range(1000, 1000 + flags.final_seeds)),  # no trial used these
         out=flags.out / "final",
         make_rule=make_rule,
         command=command,
@@ -304,17 +304,17 @@ def _tell(out: Path, trials: Sequence[Trial], best: Sequence[Trial | None]) -> N
     best_of = {trial.rule: trial.number for trial in best if trial}
     for rule, ends in edges([trial.record() for trial in trials], best_of).items():
         if ends:
-            say(f"{rule}: not bracketed, the best has {' and '.join(ends)} value; widen --space")
+            say(f"{rule}: not bracketed, the best trial has {' and '.join(ends)} value; widen --space")
     if not best_of:
-        say("every trial diverged, so there are no best settings: try others, such as a smaller lr, in --space")
+        say("every trial diverged, so there are no best settings: try other values in --space, such as a smaller lr")
         return
     names = " ".join(best_of)
     again = shlex.join(["apical", "compare", "--recipe", str(out / "best.json"), "--out", "DIR"])
-    say(f"the best settings of {names} again: {again}")
+    say(f"to train {names} with the best settings again: {again}")
 
 
 def words(settings: Mapping[str, Any]) -> str:
-    """Settings as people read them.
+    """Format settings for display.
 
     >>> words({"lr": 0.0123456, "expansion": 4})
     'lr 0.01235, expansion 4'
@@ -327,7 +327,7 @@ def _shown(score: float) -> str:
 
 
 def page(record: Mapping[str, Any], figure: str) -> str:
-    """The sweep as one HTML page; every name and value is escaped."""
+    """Return the sweep as one HTML page; every name and value is escaped."""
     ends = {rule: at for rule, at in record["edges"].items() if at}
     beyond = "; ".join(f"{rule}: {' and '.join(at)} value" for rule, at in ends.items())
     lines = []
@@ -335,13 +335,13 @@ def page(record: Mapping[str, Any], figure: str) -> str:
         score = "diverged" if row["score"] is None else _shown(row["score"])
         mark = ", best" if record["best"].get(row["rule"]) == row["number"] else ""
         lines.append([row["rule"] + mark, str(row["number"]), words(row["settings"]), score, f"{row['seconds']:.1f}"])
-    lead = "Every rule had as many trials as the others. Trials are judged by validation images; the test images were "
+    lead = "All rules had the same number of trials. Trials are scored on validation images; the test images were "
     if record["final_seeds"]:
-        lead += "looked at after the choice, for the best trial of each rule, trained again with new seeds."
+        lead += "used only after the choice, for the best trial of each rule, trained again with new seeds."
     else:
-        lead += "not looked at."
+        lead += "not used."
     if beyond:
-        lead += f" Not bracketed, so that a better value may lie beyond those tried: {beyond}."
+        lead += f" Not bracketed, so a better value may lie outside the range searched: {beyond}."
     link = '<p><a href="final/report.html">The report of the best trials</a></p>\n' if record["final_seeds"] else ""
     body = f"""{link}{figure}
 <h2>Trials</h2>

@@ -1,4 +1,4 @@
-"""What commands have in common: lines, tables and bars in a terminal, checks of options, and folders held while written."""
+"""Shared by the commands: lines, tables and bars in a terminal, checks of options, and locks on folders being written."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,18 +22,18 @@ Terminal = partial(Console, markup=False, emoji=False)
 
 
 def say(text: str, console: Console | None = None) -> None:
-    """Print a text as it is, without breaking its lines."""
+    """Print a text unchanged, without breaking its lines."""
     (console or Terminal()).print(text, highlight=False, soft_wrap=True)
 
 
 def say_files(out: Path, names: Iterable[str]) -> None:
-    """Print where files of a folder are, by their endings."""
+    """Print the paths of files in a folder, labelled by their extensions."""
     for name in names:
         say(f"{name.rpartition('.')[2]}: {shown_path(out / name)}")
 
 
 def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str], *, whole: bool = False) -> None:
-    """Print a table; columns are set to the right but for those whose heads are in `left`, which may be kept `whole`."""
+    """Print a table; columns are right-aligned except those whose heads are in `left`, which may be kept `whole`."""
     table, console, rows = Table(box=None, pad_edge=False), Terminal(), list(lines)
     cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(heads))]
     natural = [max(len(head), size) for head, size in zip(heads, cells, strict=True)]
@@ -49,7 +49,7 @@ def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Seque
 
 @contextmanager
 def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = True) -> Iterator[Callable[..., None]]:
-    """A bar, in a terminal only; yields what updates it, by `advance`, `completed` or `description`."""
+    """Show a progress bar, only in a terminal; yield what updates it, by `advance`, `completed` or `description`."""
     console = Terminal()
     if not console.is_terminal:
         yield lambda **changes: None
@@ -60,7 +60,7 @@ def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = 
 
 
 def check_alone(command: str, flags: Any, what: str) -> None:
-    """Refuse torchrun, and a folder that cannot be written or holds something that is not to be replaced."""
+    """Refuse torchrun, and a folder that cannot be written or whose content must not be replaced."""
     if under_torchrun():
         raise ConfigError(f"apical {command} is single-process; do not run it under torchrun")
     if flags.out is not None:
@@ -71,7 +71,7 @@ def check_alone(command: str, flags: Any, what: str) -> None:
 
 @contextmanager
 def held(out: Path | None, doing: str, check: Callable[[], None]) -> Iterator[None]:
-    """Within, nobody else writes the folder. It is checked before, and again once held: its last holder may have used it."""
+    """Lock the folder within the block. It is checked before and after the lock: its last holder may have written to it."""
     check()
     with nullcontext() if out is None else FolderLock(out).held(doing, wait=0):
         check()

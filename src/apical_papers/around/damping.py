@@ -1,8 +1,8 @@
-"""Why the local solver misses its range of rates at the damping of the specification, and the damping at which it has it.
+"""The local solver's range of rates: missed at the damping of the specification, reached at a larger damping.
 
 Run `python -m apical_papers.around.damping --out results/around-damping`. The networks, digits and rates are those of
-`apical_papers.around.study`, the seeds are others. Damping 0.1 was chosen for backpropagation's errors with the study's own
-seeds 0 to 4, in float64, before this was written; DFA, CCL and the seeds here had no part in it. The marks are the study's.
+`apical_papers.around.study`, with other seeds. Damping 0.1 was chosen for backpropagation's errors with the study's seeds 0
+to 4, in float64, before this was written; DFA, CCL and the seeds here were not used for it. The marks are the study's.
 """
 
 import sys
@@ -18,7 +18,7 @@ from apical_papers.around.study import SETTINGS, SOLVED, network, trained
 from apical_papers.digits import Digits, accuracy
 
 FIRST = 100
-"""Added to the number of a seed: none is one of the study's."""
+"""Added to the number of a seed, so that no seed is one of the study's."""
 DAMPING = (1e-2, 1e-1)
 WIDTHS = (128, 128)
 BATCH = 64
@@ -33,7 +33,7 @@ ABOUT = about_study(
 
 
 def run(rule: str, damping: float, digits: Digits, seed: int, lr: float, epochs: int) -> dict[str, float]:
-    """Accuracies on training and test digits, and the first weight's norm over its initial one."""
+    """Return accuracies on training and test digits, and the first weight's norm over its initial norm."""
     start = _first_norm(network((digits.x.shape[1], *WIDTHS, 10), seed))
     *_, model = trained(f"cwu:{rule}", {"damping": damping}, digits, WIDTHS, seed, lr, BATCH, epochs)
     of = {"train": accuracy(model, digits.x, digits.y), "test": accuracy(model, *digits.test)}
@@ -62,7 +62,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """The range of rates, and that the solver still does what was asked for, at each damping."""
+    """Judge the range of rates, and whether the solver still makes the requested change, at each damping."""
     rows = []
     for damping in map(str, DAMPING):
         for rule, rates in SOLVED.items():
@@ -79,7 +79,7 @@ def _of(cell: dict[str, Any], damping: str, rule: str, measure: str) -> list[flo
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Accuracies on both sets and the growth of the first weight, by damping and rate."""
+    """Return accuracies on both sets and the growth of the first weight, by damping and rate."""
     rows = [
         [f"cwu:{rule}", damping, f"{lr:g}"]
         + [series(cells, damping, "runs", rule, str(lr), measure) for measure in ("test", "train", "growth")]

@@ -1,4 +1,4 @@
-"""Node importance (GRAPES), with local solvers and semi-implicit steps beside it: what there is to run again."""
+"""Tables of node importance (GRAPES), local solvers and semi-implicit steps."""
 
 from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.around.recipes import STUDIES

@@ -1,9 +1,9 @@
-"""How an error is used: node importance, local solvers and semi-implicit steps, each beside its control.
+"""How an error is used: node importance, local solvers and semi-implicit steps, each with its control.
 
 Run `python -m apical_papers.around.study --out results/around-study`. MNIST digits through small ReLU networks, plain SGD
-without momentum. Node importance (GRAPES) stands beside a control of the same mean step and its local mode; consequentialism
-updates around three rules over a 20-fold range of learning rates beside the bare rules; semi-implicit backpropagation over a
-100-fold range of steps beside SGD. Each seed is kept in the folder when it is finished.
+without momentum. Node importance (GRAPES) is compared with a control of the same mean step and with its local mode;
+consequentialism updates around three rules with the bare rules, over a 20-fold range of learning rates; semi-implicit
+backpropagation with SGD, over a 100-fold range of steps. Each seed is saved in the folder when it is finished.
 """
 
 import sys
@@ -39,7 +39,7 @@ ARMS = {
 }
 DEPTHS, RATES = (2, 5), (0.02, 0.1)
 SOLVED = {"bp": (0.05, 0.2, 1.0), "dfa": (0.05, 0.2, 1.0), "ccl": (1.0, 4.0, 20.0)}
-"""20-fold ranges of learning rates; those of CCL lie higher, because its updates are small and clipped."""
+"""20-fold ranges of learning rates; those of CCL are higher, because its updates are small and clipped."""
 ETAS = (0.1, 1.0, 10.0)
 
 ABOUT = about_study(
@@ -66,7 +66,7 @@ def network(sizes: Sequence[int], seed: int) -> nn.Sequential:
 def trained(
     rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
 ) -> Iterator[nn.Sequential]:
-    """The network after every epoch of plain SGD."""
+    """Yield the network after every epoch of plain SGD."""
     model = network((digits.x.shape[1], *sizes, 10), seed)
     for _ in passes(rule, model, digits, lr, batch, epochs, options):
         yield model
@@ -75,12 +75,12 @@ def trained(
 def accuracies(
     rule: str, options: dict[str, Any], digits: Digits, sizes: Sequence[int], seed: int, lr: float, batch: int, epochs: int
 ) -> list[float]:
-    """Test accuracy (0 to 1) after every epoch of plain SGD."""
+    """Return the test accuracy (0 to 1) after every epoch of plain SGD."""
     return [digits.accuracy(model) for model in trained(rule, options, digits, sizes, seed, lr, batch, epochs)]
 
 
 def cosines(digits: Digits, seed: int) -> dict[str, tuple[float, float]]:
-    """Interference at the initial weights, on 64 samples, by layer: without and with the solver."""
+    """Return interference at the initial weights, on 64 samples, by layer: without and with the solver."""
     model = network((digits.x.shape[1], 128, 128, 10), seed)
     angles = interference(Backprop(model), digits.x[:64], digits.y[:64], SETTINGS["solver: damping"])
     return dict(zip(("first", "second", "output"), angles.values(), strict=True))
@@ -115,12 +115,12 @@ def _key(depth: int, lr: float) -> str:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """The claims, and what the controls say of them."""
+    """Judge the claims and their controls."""
     return [*grapes_verdicts(cells), *solver_verdicts(cells), *semi_implicit_verdicts(cells)]
 
 
 def grapes_verdicts(cells: Cells) -> list[Row]:
-    """Above backpropagation at the same rate; above the control; unstable where gains compound over five layers."""
+    """Judge GRAPES: above backpropagation at the same rate; above the control; unstable if gains compound over layers."""
     rows = []
     last = len(cells[0]["grapes"][_key(2, RATES[0])]["bp"])
     for other in ("bp", "matched"):
@@ -138,7 +138,7 @@ def grapes_verdicts(cells: Cells) -> list[Row]:
 
 
 def solver_verdicts(cells: Cells) -> list[Row]:
-    """Within 3 points of the best over the whole range of rates, where the bare rule is not; samples do not interfere."""
+    """Judge CWU: within 3 points of the best over all rates, unlike the bare rule; samples do not interfere."""
     rows = []
     for rule, rates in SOLVED.items():
         name, what = f"cwu:{rule}", f"spread of accuracies over lr {rates[0]:g} to {rates[-1]:g}"
@@ -152,7 +152,7 @@ def solver_verdicts(cells: Cells) -> list[Row]:
 
 
 def semi_implicit_verdicts(cells: Cells) -> list[Row]:
-    """Stable over a 100-fold range of steps, where SGD is not; faster in the first epoch at the same number."""
+    """Judge SIBP: stable over a 100-fold range of steps, unlike SGD; faster in the first epoch at the same step."""
 
     of = partial(series, cells, "semi-implicit")
     rows = [at_least("SIBP", "sibp", f"accuracy at eta {eta:g}", of("sibp", str(eta), -1), 0.85) for eta in ETAS]
@@ -173,7 +173,7 @@ def _spread(cells: Cells, name: str) -> list[float]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Accuracies and cosines, means over seeds with 95 % intervals."""
+    """Return accuracies and cosines, means over seeds with 95 % intervals."""
     of, last = partial(series, cells), len(cells[0]["grapes"][_key(2, RATES[0])]["bp"])
     grapes, solver, cosines, semi = (cells[0][part] for part in ("grapes", "solver", "cosines", "semi-implicit"))
     arms = [[key, arm, *(of("grapes", key, arm, i) for i in (0, -1))] for key, arms in grapes.items() for arm in arms]

@@ -1,9 +1,9 @@
-"""Where the usable 20-fold range of learning rates lies, of rules with the local solver and without it.
+"""Position of the usable 20-fold range of learning rates, for rules with and without the local solver.
 
-Run `python -m apical_papers.around.window --out results/around-window`. The other two studies fix the ranges beforehand and
-miss some of them at one end. Here the range is chosen: a seed finds, among four neighbouring rates that span a factor of 20,
-those whose worst accuracy is highest, and another seed tests them beside the best of all rates. Rules without the solver
-choose in the same way from the same rates. Marks were written before the run.
+Run `python -m apical_papers.around.window --out results/around-window`. The other two studies fix the ranges in advance and
+miss some of them at one end. Here the range is chosen: one seed selects, among sets of four neighbouring rates that span a
+factor of 20, the set with the highest worst accuracy, and another seed compares it with the best of all rates. Rules without
+the solver are treated the same way with the same rates. Marks were written before the run.
 """
 
 import sys
@@ -22,9 +22,9 @@ RATES = tuple(round(0.02 * 20 ** (k / 3), 4) for k in range(10))
 """From 0.02 to 160; any four neighbours span a factor of 20."""
 SPAN = 4
 CHOICE, TEST = 500, 600
-"""Added to the number of a seed for the choice and for the test: none is one of the other studies'."""
+"""Added to the number of a seed for the choice and for the test, so that no seed is used in the other studies."""
 MARK = 0.03
-"""How far the accuracy may lie below the best anywhere in the range."""
+"""Largest distance of the accuracy below the best anywhere in the range."""
 
 ABOUT = about_study(
     "The local solver's usable range of learning rates, chosen and tested",
@@ -36,13 +36,13 @@ ABOUT = about_study(
 
 
 def arms() -> dict[str, tuple[str, dict[str, float]]]:
-    """Rules without the solver and with it, at each damping: name and options."""
+    """Return rules without the solver and with it, at each damping: name and options."""
     solved = {f"cwu:{rule}, damping {d:g}": (f"cwu:{rule}", {"damping": d}) for rule in RULES for d in DAMPING}
     return {rule: (rule, {}) for rule in RULES} | solved
 
 
 def chosen(accuracy: Mapping[float, float]) -> tuple[float, ...]:
-    """The neighbouring rates whose lowest accuracy is highest.
+    """Return the neighbouring rates with the highest lowest accuracy.
 
     >>> chosen({0.1: 0.5, 0.3: 0.8, 0.7: 0.9, 2.0: 0.9, 5.4: 0.8, 15.0: 0.1})
     (0.3, 0.7, 2.0, 5.4)
@@ -73,7 +73,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """Within 3 points of the best over the chosen range with the solver, and not without it."""
+    """Judge whether accuracy is within 3 points of the best over the chosen range with the solver, and not without it."""
     rows = []
     for arm, (rule, options) in arms().items():
         below = series(cells, arm, "below")
@@ -89,7 +89,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """The ranges and what lies in them; and accuracies over all rates, of the seeds that chose."""
+    """Return the ranges with their accuracies, and accuracies over all rates for the seeds that chose."""
     ranges = [
         [
             arm,

@@ -1,10 +1,10 @@
-"""Pictures of counter-current learning: features of both networks at every depth, as training goes on.
+"""Figures of counter-current learning: features of both networks at every depth during training.
 
     python -m apical_papers.ccl.features --out results/ccl-features [--data mnist] [--method tsne]
 
 After 0, 10, 100 and 1000 updates (figure 3 of arXiv 2409.19841) the activities of test samples and the codes of their
-classes are drawn together in two dimensions, by scikit-learn's PCA or t-SNE, each panel fitted by itself, with the linear
-CKA of forward and feedback activity.
+classes are plotted in two dimensions, by scikit-learn's PCA or t-SNE, fitted separately for each panel, with the linear CKA
+of forward and feedback activity.
 """
 
 import sys
@@ -32,20 +32,20 @@ from apical.rules.counter_current.counter_current_learning import CounterCurrent
 
 @dataclass(frozen=True)
 class Options:
-    """Features of counter-current learning at every depth."""
+    """Plot features of counter-current learning at every depth."""
 
     out: Path
-    """Folder to write."""
+    """Output folder."""
     data: str = "digits"
     """Data set with classes."""
     model: str = "mlp-elu-256-256-256-256-256"
     """Network: a row of blocks."""
     updates: tuple[int, ...] = (0, 10, 100, 1000)
-    """When to look."""
+    """Numbers of updates after which features are plotted."""
     method: Literal["pca", "tsne"] = "pca"
-    """How to bring features to two dimensions."""
+    """Projection of features to two dimensions."""
     samples: int = 400
-    """Test samples drawn."""
+    """Number of test samples plotted."""
     batch_size: int = 32
     """Samples per update."""
     lr: float = 0.5
@@ -59,7 +59,7 @@ Panel = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], float]
 
 
 def run(options: Options) -> dict[int, dict[str, Panel]]:
-    """Train, and look: updates -> layer -> panel."""
+    """Train and project: updates -> layer -> panel."""
     if list(options.updates) != sorted(set(options.updates)) or not options.updates or options.updates[0] < 0:
         raise ConfigError("--updates must be increasing and not negative")
     dataset = data.load(options.data)
@@ -85,7 +85,7 @@ def run(options: Options) -> dict[int, dict[str, Panel]]:
 
 
 def _panel(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, options: Options) -> Panel:
-    """Both sides scaled to rows of unit length, as the paper compares them."""
+    """Scale the rows of both sides to unit length, as the paper compares them."""
     classes = labels.unique()
     first = [int((labels == label).nonzero()[0]) for label in classes]
     both = torch.cat([a, b[first]])
@@ -98,7 +98,7 @@ def _panel(a: torch.Tensor, b: torch.Tensor, labels: torch.Tensor, options: Opti
 
 
 def draw(panels_at: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -> Figure:
-    """A row of panels for each moment, a column for each depth."""
+    """Draw a row of panels for each number of updates, a column for each depth."""
     layers = list(next(iter(panels_at.values())))
     figure = Figure(figsize=(7.0, 1.5 * len(panels_at) + 0.3))
     grid = figure.subplots(len(panels_at), len(layers), squeeze=False)
@@ -117,7 +117,7 @@ def draw(panels_at: dict[int, dict[str, Panel]], labels: np.ndarray[Any, Any]) -
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Draw the features, and write them with results.json; there is nothing to judge."""
+    """Draw the features, and write them with results.json; there are no verdicts."""
     panels_at = run(options)
     labels = data.load(options.data).test.targets[: options.samples].numpy()
     drawing = render("features", "", "", draw(panels_at, labels))

@@ -1,4 +1,4 @@
-"""Counter-current learning: what there is to run again."""
+"""Tables of counter-current learning."""
 
 from functools import partial
 

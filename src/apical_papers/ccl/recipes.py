@@ -1,15 +1,14 @@
 """Counter-current learning (arXiv 2409.19841): perceptrons, convolutional networks, an autoencoder, and controls.
 
-Numbers tagged "paper" are test accuracies, mean and standard deviation over five seeds, table 1. Settings are those of the
-released configuration files: a tenth of the training images held out, test at the epoch of best validation, each network
-clipped at norm 1. Where paper and code differ, the code: BP has ELU (the paper says tanh), and no warm-up.
+Numbers tagged "paper" are test accuracies, mean and standard deviation over five seeds, from table 1. Settings are those of
+the released configuration files: a tenth of the training images held out, test at the epoch of best validation, each network
+clipped at norm 1. Where paper and code differ, the code is followed: BP has ELU (the paper says tanh), and no warm-up.
 
-The convolutional rows are those of table 3; each rule has the settings of its own released file. Augmentation pads with
-zeros instead of edge pixels. The autoencoder is the paper's with fewer channels, on CIFAR-10 instead of STL-10, in batches
-of 128 instead of 32 and without augmentation, so there is no number to compare with but backpropagation's at the same
-budget.
+The convolutional rows are those of table 3; each rule has the settings of its released file. Augmentation pads with zeros
+instead of edge pixels. The autoencoder is the paper's with fewer channels, on CIFAR-10 instead of STL-10, in batches of 128
+instead of 32 and without augmentation, so the only number to compare with is that of backpropagation at the same budget.
 
-The row that the paper names DFA has a caption that announces DTP; its numbers stand here beside DFA's.
+The caption of the row that the paper names DFA says DTP; its numbers are compared with DFA's here.
 """
 
 from dataclasses import replace
@@ -39,9 +38,9 @@ def _perceptron(data: str, model: str, validation: int) -> Recipe:
 
 
 _RATES = {"fa": 0.05}
-"""Learning rates other than 1, the released one. FA has the best of the paper's grid for it (0.4 to 0.02) by validation
-over ten epochs, on MNIST and on Fashion-MNIST; at 1 it diverges. On CIFAR-10 CCL is unstable at 1; 0.5 is next in its
-grid."""
+"""Learning rates that differ from the released rate, 1. FA has the best of the paper's grid for it (0.4 to 0.02) by
+validation over ten epochs, on MNIST and on Fashion-MNIST; at 1 it diverges. On CIFAR-10 CCL is unstable at 1; 0.5 is the
+next value of its grid."""
 
 _DEEP, _WIDE = "mlp-elu-256-256-256-256-256", "mlp-elu-1024-1024-1024"
 _SETS = {
@@ -50,11 +49,11 @@ _SETS = {
     "cifar10": ("cifar-10", _WIDE, 5000, 0.8, "20 minutes"),
     "cifar100": ("cifar-100", _WIDE, 5000, 0.8, "half an hour"),
 }
-"""Data, network, images held out, tolerance, and what a run takes."""
+"""Data, network, images held out, tolerance, and cost of a run."""
 
 _NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10", "cifar-100": "CIFAR-100"}
 _SHAPES = {_DEEP: "784-5x256-10", _WIDE: "3072-3x1024-{classes}"}
-"""Data and networks as titles name them."""
+"""Names of data and networks in titles."""
 
 _COLUMNS = ("bp", "fa", "ccl", "dfa", "dtp-drl")
 _TABLE = {
@@ -63,7 +62,7 @@ _TABLE = {
     "cifar10": ((50.03, 0.31), (45.76, 0.38), (52.73, 0.59), (42.86, 1.94), (42.09, 0.27)),
     "cifar100": ((22.55, 0.19), (22.13, 0.41), (21.76, 0.22), (19.87, 1.50), (19.94, 0.28)),
 }
-"""Accuracy and its standard deviation, of the rules in the columns."""
+"""Accuracy and its standard deviation, for the rules in the columns."""
 
 
 def _named(data: str, model: str) -> str:
@@ -88,10 +87,10 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "dfa": {"lr": (0.1,)},
     "dtp-drl": {"lr": (0.03,), "feedback_lr": 1.0, "rule_options": ("eta=0.03",)},
 }
-"""Of the table's slower half. By validation on MNIST: DFA's rate from 0.4 to 0.02 over ten epochs, as FA's; those of
-difference target propagation, 0.01 to 1 and 0.001 to 1, over three epochs in 15 pairs and over ten in 5, which is twice
-what FA had: the best pair of three epochs (0.1 and 0.3) diverges after a dozen. The gradients of our reconstruction
-losses are others than those of the paper's code, so its grids do not carry over."""
+"""Rates of the table's slower half. By validation on MNIST: DFA's rate from 0.4 to 0.02 over ten epochs, as for FA; those
+of difference target propagation, 0.01 to 1 and 0.001 to 1, over three epochs for 15 pairs and over ten for 5, twice the
+effort of FA: the best pair after three epochs (0.1 and 0.3) diverges after a dozen. The gradients of our reconstruction
+losses differ from those of the paper's code, so its grids do not apply."""
 
 
 def _others(name: str) -> Study:
@@ -147,7 +146,7 @@ _CNN_CCL = replace(
 )
 
 _NEVER = 1e6
-"""A clipping norm that no gradient reaches: the released file of CIFAR-100 clips nothing."""
+"""A clipping norm that no gradient reaches: the released file of CIFAR-100 does not clip."""
 
 _AUTOENCODER = Recipe(
     data="cifar-10-autoencoder",

@@ -1,4 +1,4 @@
-"""CorInfoMax: what there is to run again."""
+"""Tables of CorInfoMax."""
 
 from functools import partial
 

@@ -1,11 +1,11 @@
 """CorInfoMax (arXiv 2306.04810): its studies.
 
 Hyper-parameters are those of the reported runs; published accuracies were read in the result notebooks of the authors'
-repository, for 50 epochs and ten seeds. Learning rates fall by 5 % an epoch; in the released code they jump at epoch 15 to
-0.9^epoch, and so do ours on images. Of the systems compared with, the repository's rates are not all stated: those of
-backpropagation and feedback alignment are ours (on Fashion-MNIST and CIFAR-10, where 0.05 diverges, 0.01), those of
-equilibrium propagation those on MNIST; and their networks have ReLU hidden layers and a linear output. On digits networks
-have 200 hidden units: with 100, a class stays silent in some seeds.
+repository, for 50 epochs and ten seeds. Learning rates fall by 5 % per epoch; in the released code they jump at epoch 15 to
+0.9^epoch, and so do ours on images. The repository does not state all rates of the systems compared: those of
+backpropagation and feedback alignment are ours (0.01 on Fashion-MNIST and CIFAR-10, where 0.05 diverges), those of
+equilibrium propagation are those on MNIST; and their networks have ReLU hidden layers and a linear output. On digits,
+networks have 200 hidden units: with 100, one class stays silent in some seeds.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from apical_papers.equilibrium.recipes import ORIGINAL
 
 
 def falling(lr: float, epochs: int, *, jump: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Learning rate of each epoch, and where it changes.
+    """Return the learning rate of each epoch, and the epochs after which it changes.
 
     >>> falling(1.0, 3, jump=True)
     ((1.0, 0.95, 0.9025), (1, 2))
@@ -58,12 +58,12 @@ def _images(
     tolerance: float,
     title: str,
 ) -> Study:
-    """The table of one data set.
+    """Make the table of one data set.
 
     Args:
-        rates: forward learning rates of both layers, and the backward one.
+        rates: forward learning rates of both layers, and the backward rate.
         published: accuracy and standard deviation of each rule after 50 epochs.
-        options: of corinfomax, other than its rates.
+        options: options of corinfomax other than its rates.
     """
     lower, upper, backward = rates
     lr, lr_epochs = falling(lower, 50, jump=True)
@@ -96,7 +96,7 @@ def _images(
 _MNIST = {"bp": (97.58, 0.06), "fa": (97.99, 0.10), "ep-one-sided": (97.62, 0.08), "corinfomax": (97.62, 0.12)}
 _FASHION = {"bp": (88.39, 0.23), "fa": (88.72, 0.46), "ep-one-sided": (88.06, 0.70), "corinfomax": (88.14, 0.28)}
 _CIFAR = {"bp": (52.75, 0.40), "fa": (50.75, 0.61), "ep-one-sided": (49.28, 0.50), "corinfomax": (51.86, 0.33)}
-"""Squared error throughout. Of equilibrium propagation on CIFAR-10 there are two result files; the other has 50.21."""
+"""Squared error throughout. For equilibrium propagation on CIFAR-10 there are two result files; the other has 50.21."""
 
 STUDIES = {
     "corinfomax-digits": _digits(),

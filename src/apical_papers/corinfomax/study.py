@@ -1,8 +1,8 @@
-"""CorInfoMax: a window of step sizes, forward learning, how both ways align, and the sparse form.
+"""CorInfoMax: range of step sizes, forward learning, alignment of both directions, and the sparse form.
 
 Run `python -m apical_papers.corinfomax.study --out results/corinfomax-study`. The ablations of arXiv 2306.04810 at the size
-of the 8 x 8 digits: a network of 100 hidden units, whose forward weights learn at rates 2 and 1.4, the backward ones at 0.3,
-all falling by 5 % an epoch. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+of the 8 x 8 digits: a network of 100 hidden units, whose forward weights learn at rates 2 and 1.4, the backward weights at
+0.3, all falling by 5 % per epoch. Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -45,7 +45,7 @@ ABOUT = about_study(
 
 
 def trained(digits: Dataset, seed: int, epochs: int, forward: float = 1.0, **options: Any) -> dict[str, float]:
-    """Test accuracy, silent outputs, sum of hidden activities, and degrees between both ways before and after training."""
+    """Return test accuracy, silent outputs, sum of hidden activities, and angles between directions before and after."""
     torch.manual_seed(seed)
     model = models.build(SETTINGS["model"], digits.input_shape, digits.classes)
     rule = CorInfoMax(model, rates=(forward, 0.7 * forward), backward_rates=(0.15,), **options)

@@ -1,4 +1,4 @@
-"""Deep feedback control: what there is to run again."""
+"""Tables of deep feedback control."""
 
 from functools import partial
 
@@ -9,11 +9,11 @@ of = partial(table_of, STUDIES)
 
 FEW: Sizes = {"train_limit": 5000}
 LEARN: Sizes = {"pretrain_epochs": 27, "feedback_fraction": 1.0}
-"""As many updates of the feedback before the first epoch as in the table of full size, about 1,070: with a tenth of them
-the feedback is still random when training begins, decay aside, and trained feedback ends below fixed."""
+"""As many updates of the feedback before the first epoch as in the full-size table, about 1,070: with a tenth of them the
+feedback is still random when training starts, apart from decay, and trained feedback ends below fixed feedback."""
 LONGER: Sizes = {"pretrain_epochs": 216}
-"""The same where the table of full size has about 2,150, and passes of a quarter between epochs: with a tenth of the updates
-DFC diverges in three of three seeds, and with whole passes between epochs two of three do not learn."""
+"""The same where the full-size table has about 2,150, with quarter passes between epochs: with a tenth of the updates DFC
+diverges in three of three seeds, and with whole passes between epochs two of three do not learn."""
 
 PAPER = Paper(
     title="Credit assignment in neural networks through deep feedback control",

@@ -3,10 +3,10 @@
 Hyper-parameters are those of the released configurations, rounded to four digits. Their nudge lambda is per batch, ours per
 sample (lambda / 128); their learning rates are divided by lambda. Numbers tagged "paper" are test errors at the epoch of
 best validation, mean and standard deviation over five seeds, from the review version of the first paper; those tagged "code"
-single runs named in the second paper's repository.
+are single runs from the second paper's repository.
 
-Departure, for time: feedback is trained by the expected update (`learn=expected`), which has no noise to average away, on a
-quarter of the batches of each feedback pass. `--rule-options learn=noise --feedback-fraction 1` is the authors' procedure.
+Departure, to save time: feedback is trained by the expected update (`learn=expected`), which has no noise to average out, on
+a quarter of the batches of each feedback pass. `--rule-options learn=noise --feedback-fraction 1` is the authors' procedure.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Options = Callable[[str], dict[str, Any]]
 
 
 def _sleep(alpha: float, k_p: float, dt: float, points: int, tau: float, tau_apical: float, sigma: float) -> dict[str, Any]:
-    """Options of the feedback phase, in the order of the specification's table."""
+    """Return the options of the feedback phase, in the order of the specification's table."""
     return {
         "alpha_fb": alpha,
         "k_p_fb": k_p,
@@ -38,7 +38,7 @@ def _sleep(alpha: float, k_p: float, dt: float, points: int, tau: float, tau_api
 
 
 def _loop(rule: str, alpha: float, dt: float, points: dict[str, int], nudge: float) -> dict[str, Any]:
-    """Options of the controller while the forward weights learn."""
+    """Return the options of the controller while the forward weights learn."""
     kind = rule.removesuffix("-fixed")
     time = {} if kind == "dfc-ssa" else {"dt": dt, "points": points[kind]}
     return {
@@ -53,7 +53,7 @@ def _loop(rule: str, alpha: float, dt: float, points: dict[str, int], nudge: flo
 def _variants(
     trained: tuple[Recipe, Options], fixed: tuple[Recipe, Options], published: dict[str, tuple[Published, ...]]
 ) -> dict[str, Row]:
-    """Rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
+    """Return rows of the six variants, from a recipe and each rule's options for trained and for fixed feedback."""
     rows: dict[str, Row] = {}
     for rules, (recipe, options) in ((TRAINED, trained), (FIXED, fixed)):
         rows |= rows_of(recipe, {rule: {"rule_options": options_of(**options(rule))} for rule in rules}, published)
@@ -61,7 +61,7 @@ def _variants(
 
 
 def _learning(base: Recipe, lr: float, pretrain_lr: float, eps: float, decay: float, pretrain_epochs: int) -> Recipe:
-    """The recipe with learned feedback weights: before the first epoch, and in each in three passes over a quarter of it."""
+    """Return the recipe with learned feedback weights: before the first epoch, and in three quarter passes per epoch."""
     feedback: dict[str, Any] = {"feedback_lr": lr, "feedback_eps": eps, "feedback_weight_decay": decay}
     passes: dict[str, Any] = {"pretrain_epochs": pretrain_epochs, "feedback_passes": 3, "feedback_fraction": 0.25}
     return replace(base, pretrain_lr=pretrain_lr, **feedback, **passes)

@@ -1,4 +1,4 @@
-"""Dual propagation: what there is to run again."""
+"""Tables of dual propagation."""
 
 from apical.bench.papers import Paper, cut, seed_study, table_of
 from apical_papers.dual_propagation.recipes import STUDIES

@@ -1,9 +1,8 @@
 """Dual propagation on MNIST (arXiv 2302.01228).
 
 Settings are those of the first paper's released scripts: 784-4x1000-10, Adam at 3e-5, batches of 100, a tenth of the images
-held out, test at the epoch of best validation. The paper's table was found in no source that could be read; a later paper
-quotes the number. There the output's states are nudged themselves, with strength 1; here the nudge is the loss's
-slope, of size 1.
+held out, test at the epoch of best validation. No readable source with the paper's table was found; a later paper quotes the
+number. There the output's states are nudged directly, with strength 1; here the nudge is the loss's gradient, with size 1.
 """
 
 from apical.bench.recipe import Recipe

@@ -1,7 +1,7 @@
-"""Dual propagation: which nudges train, how fast its gradient becomes backpropagation's, and the network's Lipschitz bound.
+"""Dual propagation: which nudges train, how fast its gradient converges to backpropagation's, and the Lipschitz bound.
 
 Run `python -m apical_papers.dual_propagation.study --out results/dualprop-study`. 5,000 images of MNIST, 784-256-256-10
-ReLU, Adam 1e-3, batches of 100. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+ReLU, Adam 1e-3, batches of 100. Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -59,7 +59,7 @@ ABOUT = about_study(
 
 
 def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int) -> dict[str, Any]:
-    """Test accuracy after each epoch, and `|W_3 W_2 W_1|`, the spectral norm of the product."""
+    """Return test accuracy after each epoch, and `|W_3 W_2 W_1|`, the spectral norm of the product."""
     optimizer = torch.optim.Adam(rule.parameters(), SETTINGS["adam"])
     generator = torch.Generator().manual_seed(seed)
     reached = []
@@ -75,7 +75,7 @@ def trained(rule: CreditRule, train: Split, test: Split, epochs: int, seed: int)
 
 
 def slopes(train: Split, seed: int) -> dict[str, float]:
-    """Order in beta of the gradient's distance to backpropagation's: log10 of a ratio, in float64."""
+    """Return the order in beta of the gradient's distance to backpropagation's: log10 of a ratio, in float64."""
     numbers = {}
     for alpha in (0.0, 0.5, 1.0):
         gaps = []
@@ -129,7 +129,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Every training, and the orders."""
+    """Return tables of every training, and of the orders."""
     measures = {name: name for name in ("accuracy", "last epoch's gain", "product's norm")}
     note = (
         "Test accuracy (0 to 1), what it gained from the first epoch to the last, and the spectral norm of the product of "

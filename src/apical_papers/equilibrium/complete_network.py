@@ -3,12 +3,11 @@
     ds_j/dt = sum_i W_ij s_i - s_j sum_k W_jk,   s in [0, 1],   ds_out/dt += beta (y - s_out) while nudged
     dW = mean over samples and nudged steps of S_t^T (S_t - S_{t-1})
 
-Every neuron may reach every other but inputs, by a weight of its own for each direction. What a neuron sends away counts as
-its leak, so that the field summed over all neurons is zero. No theorem ties the update to a gradient; the authors' follow-up
-reports trouble with convergence. There is no model of layers here, and so no rule of :mod:`apical.rules`: these are
-functions.
+Every neuron may reach every other except inputs, with a separate weight for each direction. A neuron's outflow is its leak,
+so that the field summed over all neurons is zero. No theorem relates the update to a gradient; the authors' follow-up
+reports convergence problems. The network has no layers, so this is not a rule of :mod:`apical.rules` but a set of functions.
 
-Neurons are columns: inputs, then hidden ones, then outputs. The last input is the bias, always 1.
+Neurons are columns: inputs, then hidden neurons, then outputs. The last input is the bias, always 1.
 """
 
 from typing import NamedTuple
@@ -32,13 +31,13 @@ class Complete(NamedTuple):
         return sum(self)
 
     def mask(self) -> Tensor:
-        """1 where a weight may be (N, N): none to itself, none into inputs."""
+        """Return a mask (N, N), 1 where a weight is allowed: not to itself, not into inputs."""
         allowed = 1 - torch.eye(self.size)
         allowed[:, : self.inputs] = 0
         return allowed
 
     def start(self, inputs: Tensor) -> Tensor:
-        """States (batch, N) with the inputs (batch, inputs - 1) and the bias clamped, the others drawn from [0, 0.1).
+        """Return states (batch, N) with the inputs (batch, inputs - 1) and the bias clamped, the others drawn from [0, 0.1).
 
         Raises:
             ConfigError: the inputs have another size.
@@ -50,21 +49,21 @@ class Complete(NamedTuple):
 
 
 def flow(s: Tensor, weight: Tensor) -> Tensor:
-    """`ds/dt` of all neurons (batch, N), nothing clamped: inflow minus what each neuron sends away, which sums to zero."""
+    """Return `ds/dt` of all neurons (batch, N), nothing clamped: inflow minus outflow, which sums to zero."""
     return s @ weight - s * weight.sum(1)
 
 
 def settle(
     network: Complete, s: Tensor, weight: Tensor, steps: int, dt: float, beta: float = 0.0, y: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """States after `steps` Euler steps, and the mean over them of `S_t^T (S_t - S_{t-1})` (N, N), summed over the batch.
+    """Return states after `steps` Euler steps, and their mean `S_t^T (S_t - S_{t-1})` (N, N), summed over the batch.
 
     Args:
         network: sizes.
-        s: (batch, N); inputs stay as they are.
+        s: (batch, N); inputs do not change.
         weight: (N, N), from row to column.
-        steps: at least 1.
-        dt: of a step.
+        steps: number of steps, at least 1.
+        dt: size of a step.
         beta: nudge of the outputs towards `y` (batch, outputs).
         y: targets in [0, 1].
     """
@@ -84,7 +83,7 @@ def settle(
 def asymmetric_settle(
     network: Complete, s: Tensor, weight: Tensor, steps: int, dt: float, beta: float = 0.0, y: Tensor | None = None
 ) -> Tensor:
-    """The baseline's states: the leak is 1 instead of what a neuron sends away, `ds_j/dt = sum_i W_ij s_i - s_j`."""
+    """Return the baseline's states: the leak is 1 instead of the outflow, `ds_j/dt = sum_i W_ij s_i - s_j`."""
     for _ in range(steps):
         change = s @ weight - s
         if beta and y is not None:
@@ -96,17 +95,17 @@ def asymmetric_settle(
 
 
 def asymmetric_update(free: Tensor, nudged: Tensor, beta: float) -> Tensor:
-    """What the baseline adds to the weights: `mean S_free^T (S_nudged - S_free) / beta`, (N, N)."""
+    """Return the baseline's weight update: `mean S_free^T (S_nudged - S_free) / beta`, (N, N)."""
     return free.T @ (nudged - free) / (beta * len(free))
 
 
 def shrunk(weight: Tensor, amount: float) -> Tensor:
-    """Weights moved towards zero by `amount`, by the sign of each."""
+    """Return weights moved towards zero by `amount`, by the sign of each."""
     return weight - amount * weight.sign()
 
 
 def is_surely_stable(network: Complete, weight: Tensor) -> bool:
-    """Gershgorin's condition on the neurons that are no inputs: each sends away more than reaches it; sufficient only."""
+    """Return Gershgorin's condition on all neurons but inputs: outflow exceeds inflow; it is only sufficient."""
     own = weight[network.inputs :]
     leak = own.sum(1)
     reaching = own[:, network.inputs :].abs().sum(0)

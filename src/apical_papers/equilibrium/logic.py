@@ -1,11 +1,11 @@
-"""Complete directed networks on exclusive or, and what they remember of the answer.
+"""Complete directed networks on exclusive or, and their memory of the answer.
 
 Run `python -m apical_papers.equilibrium.logic --out results/ep-logic`. Settings are those of the authors' notebooks (arXiv
 2006.08798): two inputs and a bias; one-hot outputs and 2 hidden neurons for DEEP, one output and 5 hidden for the baseline
-(and, for comparison, the baseline with one-hot outputs); 1000 free and 1000 nudged steps of 0.05 per epoch, all four
-patterns at once. A free phase begins where the last nudged phase ended. Such networks have memory: the nudge can leave them
-in a state that answers rightly without having learnt the task. So answers are taken twice, at the end of that free phase,
-and at the end of one that begins from states drawn anew. Each seed is kept in the folder when it is finished.
+(and, for comparison, the baseline with one-hot outputs); 1000 free and 1000 nudged steps of 0.05 per epoch, on all four
+patterns together. A free phase starts where the last nudged phase ended. Such networks have memory: the nudge can leave them
+in a state that answers correctly without having learned the task. So answers are read twice, at the end of that free phase,
+and at the end of one that starts from newly drawn states. Each seed is saved in the folder when it is finished.
 """
 
 import sys
@@ -40,10 +40,10 @@ NETWORKS = {
     "asymmetric": (Complete(3, 5, 1), 10.0, 1.0),
     "asymmetric, one-hot": (Complete(3, 5, 2), 10.0, 1.0),
 }
-"""Sizes, nudge and rate."""
+"""Sizes, nudge and learning rate."""
 
 PUBLISHED = (0.75, 0.125)
-"""Share of wrong answers and half the mean squared error of the baseline, stored in the authors' notebooks."""
+"""The baseline's share of wrong answers and half its mean squared error, as stored in the authors' notebooks."""
 
 ABOUT = about_study(
     "Complete directed networks on exclusive or",
@@ -57,17 +57,17 @@ ABOUT = about_study(
 
 
 def patterns() -> tuple[Tensor, Tensor]:
-    """Inputs (4, 2) and answers (4,) of exclusive or."""
+    """Return inputs (4, 2) and answers (4,) of exclusive or."""
     return torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 1, 1, 0])
 
 
 def answers(outputs: Tensor) -> Tensor:
-    """Classes (batch,) by the outputs (batch, 1 or 2): the larger of two, or whether one is above a half."""
+    """Return classes (batch,) from the outputs (batch, 1 or 2): the larger of two, or whether one is above a half."""
     return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).long()
 
 
 def trained(kind: str, seed: int, epochs: int) -> dict[str, Any]:
-    """Smallest share of wrong answers over epochs, its first epoch, and the last share: as left, and from new states.
+    """Return the smallest share of wrong answers, its first epoch, and the last share: as left, and from new states.
 
     `error` is half the mean squared error of the outputs at the last epoch, as left.
     """
@@ -110,7 +110,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """Whether networks of each kind are ever right, as left and from new states."""
+    """Judge whether networks of each kind are ever correct, as left and from new states."""
 
     def solved(kind: str, start: str) -> list[bool]:
         return [best == 0.0 for best in series(cells, kind, start, "best")]
@@ -131,7 +131,7 @@ def _as_published(result: dict[str, Any]) -> bool:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Seed by seed."""
+    """Return a table seed by seed."""
 
     def row(kind: str, seed: int, result: dict[str, Any]) -> list[str]:
         wrong = [

@@ -1,10 +1,9 @@
-"""Equilibrium propagation with noisy neurons: small nudges drown, large holomorphic ones do not (arXiv 2209.00530).
+"""Equilibrium propagation with noisy neurons: small nudges fail, large holomorphic ones do not (arXiv 2209.00530).
 
-Run `python -m apical_papers.equilibrium.noise --out results/ep-noise`. Gaussian noise of standard deviation 0.04 reaches
-every potential at every step of training; accuracies are those of the network without noise. The estimate of one small nudge
-divides what is left of noise and of unfinished settling by that nudge. Each training is kept in the folder when it is
-finished, so an interrupted study continues. With `--data mnist` networks and phases are those of the published logs (50
-epochs there).
+Run `python -m apical_papers.equilibrium.noise --out results/ep-noise`. Gaussian noise of standard deviation 0.04 is added to
+every potential at every step of training; accuracies are measured without noise. The estimate from one small nudge divides
+the residual noise and settling error by that nudge. Each training is saved in the folder when it is finished, so an
+interrupted study continues. With `--data mnist`, networks and phases are those of the published logs (50 epochs there).
 """
 
 import sys
@@ -30,7 +29,7 @@ NOISE = 0.04
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, the network for it, and what is compared on it."""
+    """A data set, its network, and the methods compared on it."""
 
     data: str
     model: str
@@ -88,21 +87,21 @@ class Options:
     """Equilibrium propagation with noisy neurons."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/ep-noise")
-    """Folder for the results; trainings that are in it already are kept."""
+    """Folder for the results; trainings already in it are kept."""
     data: Annotated[Literal["digits", "mnist"], arg(metavar="digits|mnist")] = "digits"
-    """Where to train."""
+    """Data set."""
     seeds: Annotated[int, arg(metavar="K")] = 5
-    """Initial weights, data orders and noise."""
+    """Number of seeds, for initial weights, data orders and noise."""
     epochs: Annotated[int, arg(metavar="N")] = 15
     """Passes over the training images."""
     train_limit: Annotated[int, arg(metavar="N")] = 0
     """Training images, 0 for all."""
     jobs: Annotated[int, arg(metavar="N")] = 0
-    """Trainings side by side; 0: one per core."""
+    """Trainings run in parallel; 0: one per core."""
 
 
 def train(data: str, method: str, noise: float, seed: int, epochs: int, limit: int) -> dict[str, Any]:
-    """Test accuracy (0 to 1) after training; one that stopped because states ran away is at chance."""
+    """Return the test accuracy (0 to 1) after training; chance level if training stopped because states diverged."""
     setting = SETTINGS[data]
     dataset = load(setting.data, train_limit=limit or None)
     torch.manual_seed(seed)
@@ -134,7 +133,7 @@ def _said(part: tuple[str, float, int], content: dict[str, Any]) -> str:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json and report.html."""
+    """Run the unfinished parts, then write results.json and report.html."""
     setting = SETTINGS[options.data]
     parts = [(m, noise, seed) for seed in range(options.seeds) for noise in (0.0, NOISE) for m in setting.methods]
     cells = dict(zip(parts, in_order(options.jobs, parts, partial(_cell, options), options.out, _said), strict=True))
@@ -170,7 +169,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 
 def verdicts(data: str, values: Any) -> list[dict[str, Any]]:
-    """The claims: small one-sided nudges fail under noise, large symmetric or holomorphic ones do not."""
+    """Judge the claims: small one-sided nudges fail under noise, large symmetric or holomorphic ones do not."""
 
     def against(figure: str, method: str, noise: float, mark: float, *, less: bool) -> dict[str, Any]:
         what = f"{method}, noise {noise:g}: accuracy minus {mark:g}"

@@ -1,4 +1,4 @@
-"""Equilibrium propagation: what there is to run again."""
+"""Tables of equilibrium propagation."""
 
 from functools import partial
 

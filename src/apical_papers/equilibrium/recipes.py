@@ -1,13 +1,13 @@
 """Equilibrium propagation: its studies.
 
-The first paper's cost has no half: its beta is half of ours, and its learning rates are half of ours. Its errors on MNIST
-were found in no source that could be read; what stands beside ours is the implementation that the CorInfoMax repository
-compares with (arXiv 2306.04810), which trains for 50 epochs. Departure: a free phase starts from zeros, not from the state
-in which the same image left it an epoch ago.
+The first paper's cost has no factor of one half: its beta is half of ours, and its learning rates are half of ours. No
+readable source with its errors on MNIST was found; our numbers are compared with the implementation in the CorInfoMax
+repository (arXiv 2306.04810), which trains for 50 epochs. Departure: a free phase starts from zeros, not from the state in
+which the same image left it an epoch earlier.
 
-Convolutional networks are those of arXiv 2006.03824 (numbers of its abstract and its repository's page) and arXiv 2209.00530
-(from its published logs), which take a GPU. Departures: crops are padded with zeros, not with the edge; in the second,
-weight decay goes through the momentum; and backpropagation has one learning rate for all layers, which is ours.
+Convolutional networks are those of arXiv 2006.03824 (numbers from its abstract and its repository's page) and arXiv
+2209.00530 (from its published logs), which need a GPU. Departures: crops are padded with zeros, not with the edge; in the
+second, weight decay goes through the momentum; and backpropagation has one learning rate for all layers, which is ours.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.study import Claim, Published, Study, rows_of
 
 ORIGINAL = ("beta=1.0", "free_steps=20", "nudged_steps=4", "damping=0.5", "rates=(1.0, 0.5)")
-"""One hidden layer: 20 free and 4 nudged steps of size 1/2, the rate of the lower layer twice that of the upper."""
+"""One hidden layer: 20 free and 4 nudged steps of size 1/2; the lower layer's rate is twice that of the upper."""
 
 
 def _digits() -> Study:
@@ -60,7 +60,7 @@ _CIFAR = Recipe(
     crop=4,
 )
 _RATES = "rates=(1.0, 0.6, 0.4, 0.32, 0.2)"
-"""Of four convolutions and the read-out: 0.25, 0.15, 0.1, 0.08, 0.05."""
+"""Rates of four convolutions and the read-out: 0.25, 0.15, 0.1, 0.08, 0.05."""
 
 
 def _cifar10() -> Study:

@@ -1,9 +1,10 @@
-"""Equilibrium propagation: how good its gradients are, and what becomes of weights that learn apart.
+"""Equilibrium propagation: quality of its gradients, and development of weights that learn separately.
 
 Run `python -m apical_papers.equilibrium.study --out results/ep-study`. On the 8 x 8 digits: how the estimate's direction
-nears that of backpropagation through time with more nudged steps (arXiv 2209.00530), how its error falls with the nudge, and
-whether directed weights that start rotated away from each other become alike, by weight decay (arXiv 2006.03824) or by the
-homeostatic loss (arXiv 2309.02214). Each seed is kept in the folder when it is finished, so an interrupted study continues.
+approaches that of backpropagation through time with more nudged steps (arXiv 2209.00530), how its error decreases with the
+nudge, and whether directed weights that start rotated away from each other align, through weight decay (arXiv 2006.03824) or
+the homeostatic loss (arXiv 2309.02214). Each seed is saved in the folder when it is finished, so an interrupted study
+continues.
 """
 
 import math
@@ -27,11 +28,11 @@ from apical.rules.equilibrium.equilibrium_propagation import EquilibriumPropagat
 from apical.rules.equilibrium.phases import phases
 
 STEPS = (5, 10, 20, 40)
-"""Nudged steps T2."""
+"""Numbers of nudged steps T2."""
 
 NUDGES = (0.1, 0.05)
 ANGLES = (0, 45, 90)
-"""Degrees between the two directions' weights at first."""
+"""Initial angles in degrees between the two directions' weights."""
 
 SETTINGS: dict[str, Any] = {
     "gradients": "mlp-sigmoid-64-64, 100 images, 300 free steps",
@@ -51,7 +52,7 @@ ABOUT = about_study(
 
 
 def directions(digits: Dataset, seed: int) -> dict[str, float]:
-    """Cosine of the estimate to backpropagation through time, by nudged steps; all weights as one vector."""
+    """Return the cosine of the estimate to backpropagation through time, by nudged steps; all weights as one vector."""
     x, y = digits.train.inputs[:100].double(), digits.train.targets[:100]
     cosines = {}
     for steps in STEPS:
@@ -72,7 +73,7 @@ def _as_vectors(rule: EquilibriumPropagation, x: Tensor, y: Tensor) -> tuple[Ten
 
 
 def orders(digits: Dataset, seed: int) -> dict[str, float]:
-    """By which power of the nudge the estimate's error falls."""
+    """Return the power of the nudge with which the estimate's error decreases."""
     x, y = digits.train.inputs[:20].double(), digits.train.targets[:20]
     slopes = {}
     for name, options in {
@@ -92,7 +93,7 @@ def orders(digits: Dataset, seed: int) -> dict[str, float]:
 
 
 def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epochs: int) -> dict[str, float]:
-    """What directed weights have become: likeness to the adjoint, symmetry of the Jacobian, accuracy."""
+    """Return measures of trained directed weights: similarity to the adjoint, symmetry of the Jacobian, accuracy."""
     torch.manual_seed(seed)
     rule = EquilibriumPropagation(
         models.build("mlp-sigmoid-32-32", digits.input_shape, digits.classes),
@@ -117,7 +118,7 @@ def directed(digits: Dataset, degrees: int, homeostasis: float, seed: int, epoch
 
 
 def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Mean cosine over samples of how states move under the nudge to minus the gradient by potentials: all, layer 1."""
+    """Return the mean cosine over samples between nudged state changes and minus the potential gradient: all, layer 1."""
     network, back, x = rule.network, [matrix.detach() for matrix in rule.back], rule.chain.enter(inputs)
     with torch.no_grad():
         size = len(x)
@@ -143,7 +144,7 @@ def adjoint_cosines(rule: EquilibriumPropagation, inputs: Tensor, targets: Tenso
 
 @torch.no_grad()
 def symmetry(rule: EquilibriumPropagation) -> float:
-    """`|S| / (|S| + |A|)` of the symmetric and antisymmetric parts of the field's Jacobian in activities; 1 is symmetric."""
+    """Return `|S| / (|S| + |A|)` of the (anti)symmetric parts of the field's Jacobian in activities; 1 is symmetric."""
     pairs = list(zip(rule.network.stages[1:], rule.back, strict=True))
     alike = sum(float((stage.layer.weight + b).square().sum()) for stage, b in pairs) / 2
     alike += sum(stage.size for stage in rule.network.stages)  # the leak, on the diagonal
@@ -152,7 +153,7 @@ def symmetry(rule: EquilibriumPropagation) -> float:
 
 
 def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
-    """Degrees between the weights of both directions before and after training by one update for both."""
+    """Return degrees between the weights of both directions before and after training by one update for both."""
     torch.manual_seed(seed)
     model = models.build("mlp-sigmoid-64-64", digits.input_shape, digits.classes)
     rule = EquilibriumPropagation(model, weights="directed")
@@ -165,7 +166,7 @@ def decaying(digits: Dataset, seed: int, epochs: int) -> dict[str, float]:
 
 
 def original(seed: int, epochs: int) -> float:
-    """Test accuracy of the first paper's network and rule."""
+    """Return the test accuracy of the first paper's network and rule."""
     digits = load("digits-raw")
     torch.manual_seed(seed)
     rule = EquilibriumPropagation(
@@ -217,7 +218,7 @@ def verdicts(cells: Cells) -> list[Row]:
     for name, order in (("one-sided", 1), ("symmetric", 2), ("N = 4", 4)):
         gap, what = [abs(value - order) for value in one("orders", name)], f"{name}: order of the error, distance to {order}"
         rows.append(difference("K5", "ep", f"{what}, minus {order / 4:g}", gap, order / 4, less=True))
-    # 0.2 was set before anything was measured; of all neurons together the cosine leaves no room for it, but it rises
+    # 0.2 was set before anything was measured; over all neurons the cosine has no room to rise that far, but it rises
     for key, mark in (("cosine", 0.2), ("cosine", 0.0), ("cosine, layer 1", 0.2)):
         gained = [a - b for a, b in zip(of(90, 1, key), of(90, 0, key), strict=True)]
         what = f"90 degrees: what homeostasis adds to the {key} to the adjoint"
@@ -233,7 +234,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Cosines by nudged steps, and directed weights."""
+    """Return tables of cosines by nudged steps, and of directed weights."""
     directions = {
         steps: [{"cosine": cosine} for cosine in cosines] for steps, cosines in by_name(cells, "directions").items()
     }

@@ -1,4 +1,4 @@
-"""Forward-forward: what there is to run again."""
+"""Tables of forward-forward."""
 
 from functools import partial
 

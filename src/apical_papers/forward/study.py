@@ -1,9 +1,9 @@
-"""Forward-forward on a little of MNIST, and what its read-out makes of hidden layers that never learned.
+"""Forward-forward on part of MNIST, and its read-out on untrained hidden layers.
 
 Run `python -m apical_papers.forward.study --out results/ff-study`. 784-300-300-300-10, pixels in [0, 1], Adam at 1e-3 (the
-read-out at 1e-2), batches of 100. The read-out sees the two upper hidden layers; goodness is summed over the same. Weights
-start as in the published code: normal, of deviation 1/sqrt(outputs). Marks were set from a prototype's single seed, before
-this was run. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+read-out at 1e-2), batches of 100. The read-out sees the two upper hidden layers; goodness is summed over the same layers.
+Initial weights are those of the published code: normal, with deviation 1/sqrt(outputs). Marks were set from a prototype's
+single seed, before this was run. Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "adam, read-out": 1e-2,
     "first look at": 0.4,
 }
-"""The last: the share of the epochs after which accuracies are read for the first time."""
+"""The last entry is the share of the epochs after which accuracies are first measured."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "ff": {},
@@ -45,7 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "hidden layers untrained": {"train_hidden": False},
 }
 SHORT = ("ff, all negatives", "symba, all negatives")
-"""Trainings that end at the first look: nine negatives for each image cost five times as much."""
+"""Trainings that end at the first measurement: nine negatives per image cost five times as much."""
 
 BASELINES: dict[str, Callable[[nn.Module], CreditRule]] = {"bp": Backprop, "local-pred": LocalClassifiers}
 
@@ -59,7 +59,7 @@ ABOUT = about_study(
 
 
 def trained(data: Dataset, seed: int, epochs: Sequence[int], arm: str) -> list[dict[str, float]]:
-    """Test accuracy of the answer and, where labels are written into the input, by goodness; after so many epochs."""
+    """Return test accuracies by the answer and, if labels are written into the input, by goodness; after given epochs."""
     torch.manual_seed(seed)
     model = models.build(f"mlp-{SETTINGS['widths']}", data.input_shape, data.classes)
     if arm in ARMS:

@@ -1,4 +1,4 @@
-"""Local classifiers: what there is to run again."""
+"""Tables of local classifiers."""
 
 from functools import partial
 

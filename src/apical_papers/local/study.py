@@ -1,7 +1,7 @@
-"""Local classifiers on a little of MNIST: which local loss, with and without BatchNorm, beside backpropagation.
+"""Local classifiers on part of MNIST: local losses with and without BatchNorm, compared with backpropagation.
 
 Run `python -m apical_papers.local.study --out results/local-study`. 784-256-256-10, pixels in [0, 1], Adam at 1e-3, batches
-of 100, for a few epochs. Marks were set from a prototype's two seeds, before this was run. Each seed is kept in the folder
+of 100, for a few epochs. Marks were set from a prototype's two seeds, before this was run. Each seed is saved in the folder
 when it is finished, so an interrupted study continues.
 """
 
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "adam": 1e-3,
     "epochs for silent samples": 5,
 }
-"""The last: so many times the epochs for one training each of the similarity losses without normalisation."""
+"""The last entry multiplies the epochs of one training of each similarity loss without normalisation."""
 
 PLAIN: dict[str, dict[str, Any]] = {
     "bp": {},
@@ -41,7 +41,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "similarity": {"local": "similarity"},
     "both": {"local": "both"},
 }
-"""Trainings without normalisation; "last layer" is the control whose hidden layers stay as they are."""
+"""Trainings without normalisation; "last layer" is the control whose hidden layers are not trained."""
 
 NORMALISED = ("bp", "last layer", "prediction", "similarity", "both")
 
@@ -54,7 +54,7 @@ ABOUT = about_study(
 
 
 def pixels(name: str, train: int, test: int) -> Dataset:
-    """A part of a data set, its pixels between 0 and 1 again."""
+    """Return part of a data set, with pixels scaled back to [0, 1]."""
     data = load(name, train_limit=train, test_limit=test)
 
     def raw(images: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def pixels(name: str, train: int, test: int) -> Dataset:
 
 
 def trained(data: Dataset, seed: int, epochs: int, arm: str, norm: bool) -> dict[str, float]:
-    """Test accuracy, and whether every weight is finite."""
+    """Return the test accuracy, and whether every weight is finite."""
     torch.manual_seed(seed)
     model = models.build(f"mlp{'-bn' if norm else ''}-{SETTINGS['widths']}", data.input_shape, data.classes)
     if arm == "last layer":

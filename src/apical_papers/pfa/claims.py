@@ -1,4 +1,4 @@
-"""What the paper claims about the plausibility of rules (arXiv 2405.20594 version 1, table 1), in the terms of the audit."""
+"""The paper's claims about the plausibility of rules (arXiv 2405.20594 version 1, table 1), in the terms of the audit."""
 
 from apical.bench.papers import Claims
 
@@ -21,5 +21,5 @@ CLAIMS = Claims(
         "close_to_backprop": ("yes", "no", "no", "no", "yes", "yes", "yes"),
     },
 )
-"""Its row "BP-level accuracy" is answered by results, not by an audit. What it calls no separate phase for feedback learning
-is asked here as one response per step. PAL, the eighth of its columns, is not built."""
+"""Its row "BP-level accuracy" is answered by results, not by an audit. "No separate phase for feedback learning" is tested
+here as one response per step. PAL, its eighth column, is not implemented."""

@@ -1,4 +1,4 @@
-"""Product feedback alignment: what there is to run again."""
+"""Tables of product feedback alignment."""
 
 from functools import partial
 

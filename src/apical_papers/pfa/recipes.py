@@ -1,8 +1,8 @@
 """Product feedback alignment, Ji-An & Benna, "Deep Learning without Weight Symmetry" (arXiv 2405.20594): its studies.
 
 Each study has one row per rule: the recipe and the numbers it should reproduce. Tags of the numbers: "fig" is read off
-the published curves (seeds 0-4 for accuracies, seed 0 for angles), "paper" stands in the text, "ours" was measured with
-our prototype for settings that the paper does not have.
+the published curves (seeds 0-4 for accuracies, seed 0 for angles), "paper" is printed in the text, "ours" was measured with
+our prototype for settings that are not in the paper.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from apical.bench.recipe import Recipe
 from apical.bench.study import Claim, Published, Row, Study
 
 XAVIER = ("scale='xavier'",)
-"""DFA's feedback to feature maps at the size with which our numbers were measured."""
+"""DFA's feedback to feature maps, with the size used to measure our numbers."""
 
 
 def _accuracies(

@@ -1,7 +1,7 @@
 """Figure 3 of product feedback alignment (arXiv 2405.20594): alignment against the expansion ratio, without training.
 
-At the fixed point R = B^T W the path B R = B B^T W stands at arctan(1/sqrt(lambda)) to W, and the eigenvalues of B B^T have
-mean 1 and standard deviation 1/sqrt(lambda). Run `python -m apical_papers.pfa.theory --out results/pfa-theory.json`.
+At the fixed point R = B^T W the path B R = B B^T W has an angle of arctan(1/sqrt(lambda)) to W, and the eigenvalues of B B^T
+have mean 1 and standard deviation 1/sqrt(lambda). Run `python -m apical_papers.pfa.theory --out results/pfa-theory.json`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TOLERANCE = 1.0  # degrees
 
 
 def theory(draws: int = 100, n_out: int = 100, n_in: int = 256, seed: int = 0) -> list[dict[str, Any]]:
-    """One row per expansion ratio: mean and standard deviation of the angle over `draws`, and what theory says.
+    """Return one row per expansion ratio: mean and standard deviation of the angle over `draws`, and the theoretical values.
 
     Returns:
         Rows with `expansion`, `angle`, `angle_std` and `angle_theory` in degrees, `norm_ratio`, `norm_ratio_theory`,
@@ -66,7 +66,7 @@ def theory(draws: int = 100, n_out: int = 100, n_in: int = 256, seed: int = 0) -
 
 
 def verdicts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the file as verdicts on the angle."""
+    """Return the rows of the file as verdicts on the angle."""
     return [
         {
             "rule": "pfa",

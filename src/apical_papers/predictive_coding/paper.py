@@ -1,4 +1,4 @@
-"""Predictive coding: what there is to run again."""
+"""Tables of predictive coding."""
 
 from functools import partial
 

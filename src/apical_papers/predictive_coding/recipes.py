@@ -1,16 +1,16 @@
-"""Predictive coding on MNIST: runs of published notebooks, short as they are.
+"""Predictive coding on MNIST: the short runs of published notebooks.
 
 Numbers tagged "code" are printed in notebooks: JPC's (thebuckleylab/jpc) for inference in states, in errors and in the mu
-parametrisation, and PRECO's (bjornvz/PRECO) for tanh networks. JPC divides the energy by the batch before it takes the
-gradient of the states, so its rate 0.5 at batch 64 is 0.0078 here. Its first network settles by a solver of differential
-equations, here by 50 steps. Deep networks in the mu parametrisation take 5 steps at 0.05 where the notebook takes 30 at
-0.0078: the same product, so that hidden gradients are as far from backpropagation's. Networks have the notebooks' initial
-weights, and their activations before layers (PRECO's also before the first). JPC draws its 300 batches from all images, here
-from the first 19,200. PRECO sums gradients over the batch and adds 1e-7 to the root of the second moment, which is 5e-10
-for the mean; its clipping changes nothing, as its result is not kept.
+parametrisation, and PRECO's (bjornvz/PRECO) for tanh networks. JPC divides the energy by the batch size before it
+differentiates by the states, so its rate 0.5 at batch 64 is 0.0078 here. Its first network settles with a solver of
+differential equations, ours with 50 steps. Deep networks in the mu parametrisation take 5 steps at 0.05 where the notebook
+takes 30 at 0.0078: the product is the same, so hidden gradients are equally far from backpropagation's. Networks have the
+notebooks' initial weights, and activations before layers (PRECO's also before the first). JPC draws its 300 batches from all
+images, ours are from the first 19,200. PRECO sums gradients over the batch and adds 1e-7 to the root of the second moment,
+which is 5e-10 for the mean; its clipping has no effect, because its result is not used.
 
-`pc-one-step` is the control: one step of inference, after which every hidden gradient but for its size is backpropagation's
-up to O(g). Where it does as well, the accuracy says nothing of predictive coding.
+`pc-one-step` is the control: one step of inference, after which every hidden gradient equals backpropagation's up to its
+size and O(g). Where it performs as well, the accuracy says nothing about predictive coding.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ _BASE = Recipe(
     clip=1e6,
     probe=0,
 )
-"""Nothing is clipped."""
+"""No clipping."""
 
 
 def _rows(

@@ -1,10 +1,10 @@
-"""Predictive coding: where a run lies between backpropagation and equilibrium, and what depth does to it.
+"""Predictive coding: position of a run between backpropagation and equilibrium, and the effect of depth.
 
 Run `python -m apical_papers.predictive_coding.study --out results/pc-study`. Shallow networks on 5,000 images of MNIST, with
 one step of inference as the control; residual networks of 10, 30 and 60 layers in the mu parametrisation, compared with
-backpropagation; a network of 10 plain layers, in which inference in states fails; how straight a small weight step moves the
-output towards its target; and how many products one after another each inference takes. Each seed is kept in the folder when
-it is finished, so an interrupted study continues.
+backpropagation; a network of 10 plain layers, in which inference in states fails; how directly a small weight step moves the
+output towards its target; and how many sequential products each inference needs. Each seed is saved in the folder when it is
+finished, so an interrupted study continues.
 """
 
 import sys
@@ -38,9 +38,9 @@ SETTINGS: dict[str, Any] = {
 }
 MU: dict[str, Any] = {"inference": "error", "parametrisation": "mu", "steps": 5}
 MU_RATES = {10: 0.3, 30: 0.1, 60: 0.03}
-"""g by depth: inference goes down the energy below 2 / lambda_max(S), which grows with depth and with the weights. These and
-Adam's rate, for backpropagation too, were chosen on the last 5000 training images with a seed that is not tested; with Adam
-at 0.03 and g = 0.3 for all depths an earlier run of this study had missed its marks at 30 and 60 layers."""
+"""g by depth: inference descends the energy for g below 2 / lambda_max(S), where lambda_max grows with depth and the
+weights. These and Adam's rate, also for backpropagation, were chosen on the last 5000 training images with a seed that is
+not tested; an earlier run with Adam at 0.03 and g = 0.3 for all depths missed its marks at 30 and 60 layers."""
 MU_ADAM = 0.01
 PLAIN: dict[str, Any] = {"steps": 10, "rate": 0.0078}
 RATES = {"error": (0.3, 0.5, 0.9), "state": (0.1, 0.2, 0.3, 0.4)}
@@ -66,7 +66,7 @@ ABOUT = about_study(
 
 
 def trained(rule: CreditRule, train: Split, test: Split, lr: float, size: int, batches: int, seed: int) -> dict[str, float]:
-    """Test accuracy after so many batches, and the last batch's share of energy in hidden errors."""
+    """Return the test accuracy after training, and the last batch's share of energy in hidden errors."""
     optimizer = torch.optim.Adam(rule.model.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(1 + batches * size // len(train))])
@@ -82,7 +82,7 @@ def trained(rule: CreditRule, train: Split, test: Split, lr: float, size: int, b
 
 
 def toward_target(depth: int, rule_of: Made, nets: int, seed: int) -> float:
-    """Mean cosine, over linear networks 16-32..-8, of the output's change by a tiny step with target minus output."""
+    """Return the mean cosine of the output's change by a tiny step to target minus output, over linear nets 16-32..-8."""
     cosines = []
     for net in range(nets):
         torch.manual_seed(1000 * seed + net)
@@ -100,10 +100,10 @@ def toward_target(depth: int, rule_of: Made, nets: int, seed: int) -> float:
 
 
 def products(depth: int, inference: str, x: Tensor, y: Tensor) -> float:
-    """Products one after another until 90 % of the way from the feed-forward energy to the equilibrium's: the best rate's.
+    """Return the sequential products to 90 % of the way from feed-forward to equilibrium energy, at the best rate.
 
-    A step of the errors takes the perturbed network forwards and backwards, 2 L products in sequence; one of the states
-    takes two, whatever the depth: all blocks work side by side.
+    A step in the errors runs the perturbed network forwards and backwards, 2 L products in sequence; a step in the states
+    takes two at any depth, because all blocks work in parallel.
     """
     model = models.build(f"mlp-mu-128x{depth - 1}", (1, 28, 28), 10).double()
     start = float(squared_error(model(x), y).detach())
@@ -155,7 +155,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
     few = Split(mnist.train.inputs[samples], mnist.train.targets[samples])
     test = Split(mnist.test.inputs[:2000], mnist.test.targets[:2000])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of layers that no error reaches: that is what is shown
+        warnings.simplefilter("ignore", RuntimeWarning)  # about layers that no error reaches, which this study shows
         shallow = {}
         for name, make in SHALLOW.items():
             torch.manual_seed(seed)
@@ -227,7 +227,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Every training, and the products."""
+    """Return tables of every training, and of the products."""
     shares = (
         "Test accuracy (0 to 1), and the hidden blocks' share of the last batch's energy: near 0 a run is backpropagation. "
         "Mean over seeds with 95 % interval."

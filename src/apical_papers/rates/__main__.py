@@ -1,8 +1,8 @@
 """Tune and test tier after tier, MNIST and Fashion-MNIST in turn.
 
-Run `python -m apical_papers.rates --out results`, with `--sweep rates-costly` for the rules that take longest, with
-`--sweep rates-spiking` for spiking networks and `--sweep rates-memristor` for memristors; it goes on where it was
-stopped. Each step is an `apical sweep` of one data set with all rules so far.
+Run `python -m apical_papers.rates --out results`, with `--sweep rates-costly` for the slowest rules,
+`--sweep rates-spiking` for spiking networks and `--sweep rates-memristor` for memristors; it continues where it was stopped.
+Each step is an `apical sweep` of one data set with all rules so far.
 """
 
 import subprocess
@@ -19,18 +19,18 @@ from apical_papers.rates.recipe import DATA, SWEEPS, arguments
 
 @dataclass(frozen=True)
 class Options:
-    """Tune every rule alike on MNIST and Fashion-MNIST."""
+    """Tune all rules equally on MNIST and Fashion-MNIST."""
 
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder of the sweeps."""
+    """Folder that contains the sweeps."""
     sweep: Literal["rates", "rates-costly", "rates-spiking", "rates-memristor"] = "rates"
     """Which rules."""
     tiers: Annotated[int | None, arg(metavar="N")] = None
-    """How many groups of rules, from the cheapest; all by default."""
+    """Number of groups of rules to run, starting with the cheapest; all by default."""
 
 
 def main() -> int:
-    """Run the sweeps; returns the status of the first that fails."""
+    """Run the sweeps; return the status of the first that fails."""
     options = tyro.cli(Options)
     rules: tuple[str, ...] = ()
     for tier in SWEEPS[options.sweep][: options.tiers]:

@@ -1,4 +1,4 @@
-"""What one run of each rule takes in the setting of the table: seconds of processor time, measured over a few steps.
+"""Cost of one run of each rule in the setting of the table: seconds of processor time, measured over a few steps.
 
 Run `python -m apical_papers.rates.cost --out results/rates-mnist/costs.json`.
 """
@@ -29,24 +29,24 @@ from apical_papers.rates.recipe import DATA, EVERY, SETTING
 Load = Callable[[Recipe], Dataset]
 MODULE = "apical_papers.rates.cost"
 BATCHES = (1, 41)
-"""Of two trainings, whose difference is the cost of a step."""
+"""Numbers of batches of two trainings, whose difference gives the cost of a step."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what a run of each rule takes."""
+    """Measure the cost of a run of each rule."""
 
     out: Annotated[Path, arg(metavar="FILE")]
-    """File for the seconds."""
+    """Output file."""
     rules: Annotated[tuple[str, ...], arg(metavar="RULE ...")] = EVERY
     """Rules to measure."""
 
 
 def cost(rule: str, loads: Sequence[Load], folder: Path) -> dict[str, Any]:
-    """Seconds of a run of all epochs, or why the rule does not take the network.
+    """Return the seconds of a run of all epochs, or why the rule refuses the network.
 
     Args:
-        loads: one for each of BATCHES, which keeps its data.
+        loads: a loader for each entry of BATCHES, which caches its data.
     """
     spent = []
     for count, load in zip(BATCHES, loads, strict=True):
@@ -65,7 +65,7 @@ def cost(rule: str, loads: Sequence[Load], folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure every rule, one after the other."""
+    """Measure every rule in turn."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = tyro.cli(Options, args=arguments)
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", MODULE, *arguments])
     costs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        cost("bp", loads, Path(scratch, "warm"))  # the first run pays for imports and caches
+        cost("bp", loads, Path(scratch, "warm"))  # the first run includes imports and caches
         for rule in options.rules:
             costs[rule] = cost(rule, loads, Path(scratch, rule.replace(":", "-")))
             write_json(options.out, {"command": command, "environment": environment("cpu", 1), "rules": costs})

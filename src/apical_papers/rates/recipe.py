@@ -1,4 +1,4 @@
-"""The setting in which every rule of the library is tuned alike, written before the run."""
+"""The setting in which all rules of the library are tuned equally, written before the run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +8,14 @@ from apical.bench.recipe import Recipe
 
 DATA = ("mnist", "fashion-mnist")
 RATES = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Learning rates that every rule is tried with."""
+"""Learning rates tried for every rule."""
 SEEDS = 5
-"""Seeds of the test, none of which a trial had."""
+"""Seeds of the test, none of which is used in a trial."""
 
 SETTING = Recipe(model="mlp-256-256", epochs=5, batch_size=64, validation=2_000, train_limit=10_000)
 """Everything else is the library's default: SGD with momentum 0.9, weight decay 1e-4; all test images."""
 LEAST = {"trials": 12, "seeds": SEEDS, "train_limit": SETTING.train_limit, "epochs": SETTING.epochs}
-"""What a fair table takes, by rule and data set."""
+"""Smallest sizes of a fair table, by rule and data set."""
 WORDS = {"train_limit": "training images"}
 
 CHEAP = (
@@ -26,7 +26,7 @@ CHEAP = (
     ("pc-error", "pc", "scff", "local-both", "sibp", "cwu:bp", "dfc", "dtp-drl"),
     ("kp-mirror", "pfa-mirror", "pfa-o-mirror", "ccl-free", "ccl-frozen", "ddtp-control", "tdca-unevolved"),
 )
-"""Rules in the order in which they run; a tier is joined to those before when all of it is done."""
+"""Rules in the order in which they run; a tier is added to the previous ones when all of it is done."""
 COSTLY = (
     ("bp", "dfc-fixed", "dfc-ssa-fixed", "dfc-ss", "dfc-ss-fixed", "ddtp-rhl"),
     ("ep-one-sided", "corinfomax"),
@@ -34,21 +34,21 @@ COSTLY = (
     ("strong-dfc", "ep-directed"),
     ("hep",),
 )
-"""Likewise those of up to a hundred times backpropagation's time, in a sweep of their own; backpropagation is in all."""
+"""Likewise, rules of up to a hundred times backpropagation's time, in a separate sweep; backpropagation is in all."""
 SPIKING = (("bp", "csdp-unsupervised"), ("csdp",))
 """Likewise spiking networks."""
 MEMRISTOR = (("bp", "csdp-memristor"),)
 """Likewise memristors."""
 SWEEPS = {"rates": CHEAP, "rates-costly": COSTLY, "rates-spiking": SPIKING, "rates-memristor": MEMRISTOR}
-"""What the sweeps' folders begin with, and their tiers."""
+"""Prefixes of the sweeps' folders, and their tiers."""
 FOLDERS = {f"{name}-{data}": data for data in DATA for name in SWEEPS}
 """The folders of all sweeps, and their data."""
 EVERY = (*RULES, *(f"{name}:bp" for name in AROUND))
-"""Every rule of the library, and every rule around another around backpropagation."""
+"""Every rule of the library, and every wrapping rule around backpropagation."""
 
 
 def arguments(data: str, rules: tuple[str, ...], out: str) -> list[str]:
-    """The options of `apical sweep` that tune and test the rules.
+    """Return the options of `apical sweep` that tune and test the rules.
 
     >>> " ".join(arguments("mnist", ("bp", "fa"), "results/rates-mnist"))[:46]
     'sweep --rules bp fa --data mnist --model mlp-2'
@@ -63,12 +63,12 @@ def arguments(data: str, rules: tuple[str, ...], out: str) -> list[str]:
 def shortfall(
     trials: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]
 ) -> list[str]:
-    """What a sweep lacks of the table that was asked for; empty if nothing.
+    """Return what a sweep lacks for the intended table; empty if nothing.
 
     Args:
-        trials: of sweep.json.
-        rows: of the summary of the best trials, tested.
-        recipe: that all rules have in common.
+        trials: trials from sweep.json.
+        rows: rows of the summary of the tested best trials.
+        recipe: the recipe common to all rules.
 
     >>> rows = [{"rule": "bp"}] * 4
     >>> shortfall([{"rule": "bp"}] * 12, rows, {"train_limit": 2_000, "epochs": 5})[:2]

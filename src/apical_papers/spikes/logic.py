@@ -1,11 +1,11 @@
 """Logic with two inputs by contrastive plasticity whose weights are pairs of memristors.
 
-Run `python -m apical_papers.spikes.logic --out results/spikes-logic`. Which functions the paper (arXiv 2409.10887) learned,
-and its device constants, are not known here; so settings are ours: 8 hidden neurons, two class neurons, biases, 64 levels of
-conductance, 30 steps of 20 ms with traces of 80 ms, a threshold of 2, Adam at 0.05, all four patterns at once. A function
-counts as learned when all four answers are right in three passes in a row, within a number of passes. Read-outs learn while
-the class is shown to hidden neurons ("context", the released code's), or while the network answers without it ("answer").
-That the second helps, and why, was found on seeds from 100, which are not among those reported. Each seed is kept in the
+Run `python -m apical_papers.spikes.logic --out results/spikes-logic`. The functions learned in the paper (arXiv 2409.10887)
+and its device constants are not known here, so the settings are ours: 8 hidden neurons, two class neurons, biases, 64 levels
+of conductance, 30 steps of 20 ms with traces of 80 ms, a threshold of 2, Adam at 0.05, all four patterns in one batch. A
+function counts as learned if all four answers are correct in three consecutive passes, within a number of passes. Read-outs
+learn while the class is shown to hidden neurons ("context", as in the released code), or while the network answers without
+it ("answer"). The benefit of the second was found on seeds from 100, which are not reported. Each seed is saved in the
 folder when it is finished.
 """
 
@@ -29,7 +29,7 @@ READOUTS: tuple[Readout, ...] = ("context", "answer")
 INPUTS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
 
 FUNCTIONS = {"AND": (0, 0, 0, 1), "OR": (0, 1, 1, 1), "XOR": (0, 1, 1, 0)}
-"""Answers to 00, 01, 10, 11."""
+"""Correct answers to 00, 01, 10, 11."""
 
 ABOUT = about_study(
     "Logic with two inputs by memristors",
@@ -39,7 +39,7 @@ ABOUT = about_study(
 
 
 def passes(answers: Sequence[int], seed: int, most: int, readout: Readout) -> tuple[int, bool]:
-    """Passes until the function is learned, 0 if it is not; and whether hidden spikes then tell all functions apart.
+    """Return passes until the function is learned, 0 if it is not; and whether hidden spikes then separate all functions.
 
     They do if the spike counts of the four patterns, without a class shown, are affinely independent.
     """
@@ -78,7 +78,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """Seeds that learn each function."""
+    """Judge how many seeds learn each function."""
     least, rows = -(-8 * len(cells) // 10), []
     for readout in READOUTS:
         for name in FUNCTIONS:
@@ -89,7 +89,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Passes of each seed, and whether it lay in hidden neurons."""
+    """Return a table of each seed's passes, and of seeds whose hidden spikes are separable."""
 
     def row(readout: Readout, name: str) -> list[str]:
         results = series(cells, readout, name)

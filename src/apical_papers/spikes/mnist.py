@@ -1,16 +1,16 @@
-"""Spiking networks on MNIST beside controls, every rate chosen on held-out images with the same budget.
+"""Spiking networks on MNIST and controls, every rate chosen on held-out images with the same budget.
 
 Run `python -m apical_papers.spikes.mnist --out results/spikes-mnist`. For each seed and training: six rates of Adam, one
-pass over 15000 training images each; the one with the best accuracy on 6000 held-out images trains anew, four passes over
-30000. Plasticity is 784-256-64-10 with 40 steps a stimulus, beside the same network whose read-outs alone learn; first
-spikes are 784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same widths, and a linear
-classifier. Marks were set before this was first run, with four rates and a read-out of spike times whose scale was 1:
-first spikes had 56.6 %, most output neurons were silent, and each seed had chosen the lowest rate. The scale of 16 was
-then chosen among 1, 4, 8, 16 and 32 on held-out images of seed 0. With it, two passes and trials of 2000 images,
-plasticity and first spikes missed their marks; on held-out images of seed 100 both still rose after two passes, and the
-rate of plasticity that is best after 20 steps was not after 100. So there were four passes next, and longer trials, over
-10000 images: 89.1 and 94.0 %, where 90 and 94 are asked on the mean. As a training took about a minute, 30000 images serve
-now. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+pass over 15000 training images each; the rate with the best accuracy on 6000 held-out images is used for a new training of
+four passes over 30000. Plasticity is 784-256-64-10 with 40 steps per stimulus, compared with the same network with only its
+read-outs trained; first spikes are 784-340-10. Controls trained by backpropagation are perceptrons with ReLU of the same
+widths, and a linear classifier. Marks were set before the first run, which had four rates and a read-out of spike times with
+scale 1: first spikes had 56.6 %, most output neurons were silent, and each seed had chosen the lowest rate. The scale of 16
+was then chosen among 1, 4, 8, 16 and 32 on held-out images of seed 0. With it, two passes and trials of 2000 images,
+plasticity and first spikes missed their marks; on held-out images of seed 100 both still rose after two passes, and the best
+rate of plasticity after 20 steps was not the best after 100. The next run had four passes, and longer trials, over 10000
+images: 89.1 and 94.0 %, where the mean must reach 90 and 94. A training took about a minute, so 30000 images are used now.
+Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -33,11 +33,11 @@ from apical.rules.contrastive_plasticity.contrastive_signal_plasticity import Co
 from apical_papers.spikes.study import trained
 
 SLOW, QUICK = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1, 3.2e-1), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Rates of plasticity, and of trainings with derivatives."""
+"""Learning rates of plasticity, and of trainings with derivatives."""
 
 DATA = "mnist-raw"
 IMAGES = 30000
-"""For training; half as many for each trial of a rate, a fifth as many to choose by."""
+"""Training images; half as many for each trial of a rate, a fifth as many for the choice."""
 
 PUBLISHED = {"S4NN": 0.974, "arXiv 2410.23619": 0.9948}
 """Test accuracy of other networks of single spikes on MNIST, from their abstracts, all 60000 images."""
@@ -67,7 +67,7 @@ def plasticity(**options: Any) -> CreditRule:
 
 
 def read_outs_alone() -> CreditRule:
-    """The same, with hidden neurons as they were drawn."""
+    """The same, with untrained hidden neurons."""
     rule = plasticity()
     for name, parameter in rule.named_parameters():
         parameter.requires_grad_(name.startswith(("read.", "model.linear3.")))
@@ -96,17 +96,17 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Options(SeedOptions):
-    """Spiking networks on MNIST beside controls."""
+    """Spiking networks on MNIST and controls."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/spikes-mnist")
     epochs: Annotated[int, arg(metavar="N")] = 4
-    """Over the training images, once the rate is chosen."""
+    """Passes over the training images, once the rate is chosen."""
     images: Annotated[int, arg(metavar="N")] = IMAGES
-    """For training, and for the test at most; half as many for each trial of a rate, a fifth as many to choose by."""
+    """Images for training, and at most for the test; half as many per trial of a rate, a fifth as many for the choice."""
 
 
 def settings(images: int) -> dict[str, Any]:
-    """What is kept and shown of the settings."""
+    """Return the settings to save and show."""
     return {
         "data": DATA,
         "training images": images,
@@ -118,7 +118,7 @@ def settings(images: int) -> dict[str, Any]:
 
 
 def cell(seed: int, epochs: int, images: int = IMAGES) -> dict[str, Any]:
-    """Rate, accuracies and seconds of each training."""
+    """Return rate, accuracies and seconds of each training."""
     few = images // 2
     data = load(DATA, validation=images // 5, train_limit=images, test_limit=min(images, 10000), seed=seed)
     assert data.validation is not None
@@ -136,13 +136,13 @@ def cell(seed: int, epochs: int, images: int = IMAGES) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    """Run the seeds that are not saved yet, then write results.json and report.html."""
     make = partial(cell, images=options.images)
     return by_seed(options, command, make, verdicts, tables, settings=settings(options.images), about=ABOUT)
 
 
 def bracketed(rates: Sequence[float], rate: float) -> bool:
-    """Whether lower and higher ones were tried."""
+    """Return whether lower and higher rates were tried."""
     return min(rates) < rate < max(rates)
 
 
@@ -162,7 +162,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Every training, and how far single spikes are from published ones."""
+    """Return tables of every training, and of the distance of first spikes from published accuracies."""
     rows = []
     for arm in ARMS:
         rates = series(cells, arm, "rate")

@@ -1,4 +1,4 @@
-"""Spiking networks: what there is to run again."""
+"""Tables of spiking networks."""
 
 from functools import partial
 

@@ -1,10 +1,10 @@
 """Spiking networks on MNIST: contrastive-signal-dependent plasticity (arXiv 2303.18187) and first spikes (2003.11837).
 
-No published accuracy is compared: the papers' tables are not known here. Networks of plasticity are smaller than the
-released script's (3000 and 600 hidden neurons, batches of 500, whose rates are for a step of Adam at each of the 40 steps of
-a stimulus): here Adam takes one step for a stimulus, at the rate that a prototype of ours found. Backpropagation trains the
-same network as one of rates. Encoding, threshold, first weights and rate of first spikes are ours; other networks of single
-spikes are published at 97.4 % (S4NN) and 99.48 % (arXiv 2410.23619) on MNIST.
+No published accuracy is compared: the papers' tables are not known here. Networks of plasticity are smaller than those of
+the released script (3000 and 600 hidden neurons, batches of 500, rates for a step of Adam at each of the 40 steps of a
+stimulus): here Adam takes one step per stimulus, at the rate found with our prototype. Backpropagation trains the same
+network as a rate network. Encoding, threshold, initial weights and rate of first spikes are ours; other single-spike
+networks have published accuracies of 97.4 % (S4NN) and 99.48 % (arXiv 2410.23619) on MNIST.
 """
 
 from dataclasses import replace

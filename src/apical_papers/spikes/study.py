@@ -1,8 +1,8 @@
-"""Spiking networks on a little of MNIST: contrastive-signal-dependent plasticity, and neurons that fire once.
+"""Spiking networks on part of MNIST: contrastive-signal-dependent plasticity, and neurons that fire once.
 
-Run `python -m apical_papers.spikes.study --out results/spikes-study`. Plasticity: 784-128-64-10, 40 steps a stimulus, 2000
+Run `python -m apical_papers.spikes.study --out results/spikes-study`. Plasticity: 784-128-64-10, 40 steps per stimulus, 2000
 digits, batches of 100, Adam at 4e-2. First spikes: 784-64-10, 1500 digits, batches of 32, Adam at 1e-3. Marks were set from
-prototypes, before this was run. Each seed is kept in the folder when it is finished, so an interrupted study continues.
+prototypes, before this was run. Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -38,7 +38,7 @@ PLASTICITY: dict[str, dict[str, Any]] = {
 FIRST: dict[str, Any] = {"bp": Backprop, "fa": FeedbackAlignment, "kp": KolenPollack}
 
 MARK = 0.78
-"""Accuracy after four epochs, of the prototypes."""
+"""Accuracy of the prototypes after four epochs."""
 
 ABOUT = about_study(
     "Spiking networks on a little of MNIST",
@@ -48,7 +48,7 @@ ABOUT = about_study(
 
 
 def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: float) -> dict[str, float]:
-    """Test accuracy and seconds of this process."""
+    """Return test accuracy and seconds of this process."""
     learning = [p for p in rule.parameters() if p.requires_grad]
     optimizer, begun = torch.optim.Adam(learning, rate), time.process_time()
     for _ in range(epochs):
@@ -58,7 +58,7 @@ def trained(rule: CreditRule, data: Dataset, epochs: int, batch: int, rate: floa
 
 
 def plasticity(arm: str, seed: int, epochs: int) -> dict[str, float]:
-    """One training; `gap` is the goodness of positive less that of negative test samples, in the layer where it is least."""
+    """Train once; `gap` is the goodness of positive minus that of negative test samples, smallest over layers."""
     data = load(SETTINGS["data"], train_limit=2000, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     rule = ContrastiveSignalPlasticity(models.spiking(784, [128, 64], 10), **PLASTICITY[arm])
@@ -68,7 +68,7 @@ def plasticity(arm: str, seed: int, epochs: int) -> dict[str, float]:
 
 
 def first(arm: str, seed: int, epochs: int) -> dict[str, float]:
-    """One training; `silent` is the share of hidden neurons without a spike for a test sample."""
+    """Train once; `silent` is the share of hidden neurons without a spike for a test sample."""
     data = load(SETTINGS["data"], train_limit=1500, test_limit=SETTINGS["test images"])
     torch.manual_seed(seed)
     model = models.first_spike(784, [64], 10)

@@ -1,1 +1,1 @@
-"""Structure and depth: what weights and codes look like after training, and how far down credit arrives."""
+"""Structure and depth: properties of weights and codes after training, and how far credit propagates."""

@@ -1,4 +1,4 @@
-"""How much of the credit arrives at the first layer of a deep chain, under each rule, at the initial weights."""
+"""Share of the credit that reaches the first layer of a deep chain, under each rule, at the initial weights."""
 
 import math
 import warnings
@@ -24,22 +24,22 @@ RULES = (
 """Rules of the study of structure and depth."""
 
 SLOW = {"pc": 50, "ep": 50, "strong-dfc": 50}
-"""Depths beyond which that study does not ask them: their networks settle for seconds there."""
+"""Largest depth measured for slow rules in that study: beyond it their networks settle for seconds."""
 
 FURTHER = tuple(rule for rule in EVERY if rule not in RULES or rule in SLOW)
-"""Rules of a table of their own, `structure/depth`: all others that have a name, and those that the study asks half of."""
+"""Rules of a separate table, `structure/depth`: all other named rules, and those that the study measures only in part."""
 
 DEPTHS = (10, 50, 200)
 WIDTH, SAMPLES = 32, 1
 SEEDS = 3
-"""Of the study, seeds whose chains are measured: the rest of it is cheaper."""
+"""Seeds of the study whose chains are measured: the rest of the study is cheaper."""
 
 REFUSED = "refused: "
-"""Begins a reason of the rule itself, where there is no number."""
+"""Prefix of the rule's own reason if there is no number."""
 
 
 def chain(depth: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """`depth` layers of one width, each with its activation."""
+    """Make `depth` layers of one width, each with its activation."""
     return nn.Sequential(*(part for _ in range(depth) for part in (nn.Linear(WIDTH, WIDTH), activation())))
 
 
@@ -60,29 +60,29 @@ EXACT = next(iter(NETWORKS))
 
 
 def network(name: str, depth: int, seed: int) -> nn.Sequential:
-    """A chain with a read-out of ten classes, orthogonal."""
+    """Make a chain with an orthogonal read-out of ten classes."""
     torch.manual_seed(seed)
     body = NETWORKS[name](depth)
     return nn.Sequential(*body.children(), orthogonal_(nn.Linear(WIDTH, 10)))
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
-    """Single samples: inputs (samples, 1, width) and classes (samples, 1)."""
+    """Draw single samples: inputs (samples, 1, width) and classes (samples, 1)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(SAMPLES, 1, WIDTH, generator=generator), torch.randint(10, (SAMPLES, 1), generator=generator)
 
 
 def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
-    """Gradient norm of layer 1 over that of the last hidden layer, root mean square over single samples; or why not.
+    """Return the gradient norm of layer 1 over that of the last hidden layer, RMS over single samples; or why there is none.
 
-    One sample at a time, for in the gradient of a batch the alignment of activities, which depth changes, counts too.
+    One sample at a time, because the gradient of a batch also depends on the alignment of activities, which depth changes.
     """
     model = network(name, depth, seed)
     layers = [layer for layer in model if isinstance(layer, nn.Linear)]
     ends, squares = (layers[0], layers[-2]), [0.0, 0.0]
     entry = find_rule(rule)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # feedback is untrained, and rules say so
+        warnings.simplefilter("ignore")  # rules warn that feedback is untrained
         try:
             learner = entry.build(model, **entry.options)
             for x, y in zip(*batch(seed), strict=True):
@@ -101,10 +101,10 @@ def arrival(rule: str, name: str, depth: int, seed: int) -> float | str:
 def measure(
     seed: int, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS, until: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, dict[str, dict[str, float | str]]]:
-    """Network, rule and depth to what arrives.
+    """Map network, rule and depth to the ratio of gradient norms.
 
     Args:
-        until: depths beyond which a rule is not asked.
+        until: largest depth at which a rule is measured.
     """
 
     def entry(rule: str, name: str, depth: int) -> float | str:
@@ -114,19 +114,19 @@ def measure(
 
 
 def ratios(cells: Any, name: str, rule: str, depth: int) -> list[float]:
-    """Of all seeds that have a number."""
+    """Return the numbers of all seeds that have one."""
     values = [cell["depth"][name][rule].get(str(depth)) for cell in cells if cell["depth"]]
     return [value for value in values if isinstance(value, float)]
 
 
 def reason(cells: Any, name: str, rule: str, depth: int) -> str:
-    """Why there is none."""
+    """Return why there is no number."""
     values = [cell["depth"][name][rule][str(depth)] for cell in cells if cell["depth"]]
     return next(str(value) for value in values if isinstance(value, str))
 
 
 def table(cells: Any, name: str, rules: Sequence[str] = RULES, depths: Sequence[int] = DEPTHS) -> Row:
-    """One network's, rule by rule."""
+    """Return the table of one network, rule by rule."""
 
     refusals: dict[str, str] = {}
 

@@ -1,7 +1,7 @@
-"""How far credit arrives in deep chains under the rules, or at the depths, that `apical_papers.structure.study` leaves out.
+"""Propagation of credit in deep chains, for rules and depths that `apical_papers.structure.study` leaves out.
 
 Run `python -m apical_papers.structure.depth_study --out results/structure-depth --jobs 1`. The networks, the measure and
-the mark of a tenth at depth 50 are that study's; the marks were written after a look at seed 0 of one network.
+the mark of a tenth at depth 50 are that study's; the marks were written after inspecting seed 0 of one network.
 """
 
 import sys
@@ -37,7 +37,7 @@ class Options(Seeds):
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/structure-depth")
     seeds: Annotated[int, arg(metavar="N")] = 3
     deepest: Annotated[int, arg(metavar="N")] = max(depth.DEPTHS)
-    """Layers of the deepest chains that are measured, of 10, 50 and 200."""
+    """Largest depth of chains to measure, out of 10, 50 and 200 layers."""
 
 
 def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _cell(seed: int, depths: Sequence[int]) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run the seeds that are not kept yet, then write results.json and report.html."""
+    """Run the seeds that are not saved yet, then write results.json and report.html."""
     depths = [layers for layers in depth.DEPTHS if layers <= options.deepest]
     if not depths:
         raise ConfigError(f"--deepest must be at least {min(depth.DEPTHS)}")
@@ -56,14 +56,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """On the isometry at depth 50 a tenth arrives."""
+    """Judge whether a tenth reaches the first layer on the isometry at depth 50."""
     what = "|x| at depth 50: gradient norm of layer 1 / L"
     ratios = {rule: depth.ratios(cells, depth.EXACT, rule, 50) for rule in FAR}
     return [at_least("depth", rule, what, values, 0.1) for rule, values in ratios.items() if values]
 
 
 def tables(cells: Cells, depths: Sequence[int] = depth.DEPTHS) -> list[Row]:
-    """One for each network."""
+    """Return a table for each network."""
     return [depth.table(cells, name, depth.FURTHER, depths) for name in depth.NETWORKS]
 
 

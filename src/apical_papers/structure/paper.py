@@ -1,4 +1,4 @@
-"""Structure and depth: what there is to run again."""
+"""Tables of structure and depth."""
 
 from apical.bench.papers import Paper, own_study, seed_study
 

@@ -1,9 +1,9 @@
 """Structure and depth: does credit reach the first layer, and does the rule that assigns it shape the weights' topology?
 
 Run `python -m apical_papers.structure.study --out results/structure-study --jobs 1`. Gradients of deep chains at their
-initial weights; persistence of the weights of small networks trained on MNIST digits under eight rules, beside shuffled
-weights; learned wirings beside fixed ones; entropy of random codes beside what a read-out makes of them. Each seed is kept
-when it is finished. The marks were written before the run; learning rates and gamma after a look at one other seed.
+initial weights; persistence of the weights of small networks trained on MNIST digits under eight rules, compared with
+shuffled weights; learned and fixed wirings; entropy of random codes and the accuracy of a read-out on them. Each seed is
+saved when it is finished. The marks were written before the run; learning rates and gamma after inspecting one other seed.
 """
 
 import math
@@ -51,12 +51,12 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """What arrives, what differs, which wiring is better."""
+    """Judge propagation of credit, differences between rules, and wirings."""
     return [*depth_verdicts(cells), *topology_verdicts(cells), *wiring_verdicts(cells)]
 
 
 def depth_verdicts(cells: Cells) -> list[Row]:
-    """On the isometry at depth 50: all of backpropagation's, a tenth of that of rules with fixed feedback, none of CCL's."""
+    """Judge the isometry at depth 50: all of BP's gradient arrives, a tenth under fixed feedback, none of CCL's."""
     rows = []
     for layers in depth.DEPTHS:
         off = [1 - abs(1 - r) for r in depth.ratios(cells, depth.EXACT, "bp", layers)]
@@ -71,7 +71,7 @@ def depth_verdicts(cells: Cells) -> list[Row]:
 
 
 def topology_verdicts(cells: Cells) -> list[Row]:
-    """Training raises DGP; rules differ from backpropagation, before and after shuffling is allowed for."""
+    """Judge persistence: training raises DGP; rules differ from BP, with and without correction for shuffled weights."""
     rows = []
     for rule in RULES:
         what = "deep graph persistence minus that before training"
@@ -89,7 +89,7 @@ def topology_verdicts(cells: Cells) -> list[Row]:
 
 
 def wiring_verdicts(cells: Cells) -> list[Row]:
-    """Learned edges against fixed ones, under two rules; edges that go; entropy and accuracy of random codes."""
+    """Judge learned against fixed edges under two rules; pruned edges; entropy and accuracy of random codes."""
 
     def of(name: str, key: str = "accuracy") -> list[float]:
         return series(cells, "wirings", name, key)
@@ -117,7 +117,7 @@ def _excess(cells: Cells, rule: str) -> list[float]:
 
 
 def _differs(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether the 95 % interval of the paired difference leaves out zero."""
+    """Return whether the 95 % interval of the paired difference excludes zero."""
     _, low, high, _ = student([a - b for a, b in zip(ours, theirs, strict=True)])
     return low is not None and high is not None and not low <= 0 <= high
 
@@ -128,7 +128,7 @@ def _z(row: dict[str, Any]) -> list[float]:
 
 
 def _spread_rho(cells: Cells) -> list[float]:
-    """Spearman's rho over the networks of a seed, mean over the later layers."""
+    """Return Spearman's rho over the networks of a seed, mean over the later layers."""
     coefficients = []
     for cell in cells:
         rows = list(cell["topology"].values())
@@ -139,7 +139,7 @@ def _spread_rho(cells: Cells) -> list[float]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Means over seeds with 95 % intervals."""
+    """Return tables of means over seeds with 95 % intervals."""
     return [
         *(depth.table(cells, name) for name in depth.NETWORKS),
         _topology_table(cells),

@@ -1,9 +1,9 @@
-"""Claims about networks that nobody has trained, or hardly: product nodes for a Lorenz system, flows, and channels.
+"""Claims about networks with little or no training: product nodes for a Lorenz system, flows, and channels.
 
 Run `python -m apical_papers.structure.theory --out results/structure-theory`. Networks with one, two and three product nodes
 learn the vector field of the Lorenz system, whose quadratic terms span two dimensions (arXiv 2106.11409). Gradients in the
 states of 50 Euler steps along orthogonal flows and with normal weights, and accuracies of both after backpropagation
-(2006.11421). Orthogonal and normal weights as noisy channels, over gains (2212.01744). Each seed is kept in the folder when
+(2006.11421). Orthogonal and normal weights as noisy channels, over gains (2212.01744). Each seed is saved in the folder when
 it is finished. The marks were written before the run.
 """
 
@@ -28,7 +28,7 @@ NODES, STATES, STARTS, ITERATIONS = (1, 2, 3), 2000, 5, 500
 GAINS = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 NOISES: dict[Where, str] = {"every": "noise in every layer", "end": "noise at the end"}
 ROUNDING = 16.0
-"""Orders of magnitude of a condition number that is no more than rounding."""
+"""Orders of magnitude of a condition number beyond which it is only rounding."""
 RATE, BATCH = 0.05, 64
 
 SETTINGS: dict[str, Any] = {
@@ -67,7 +67,7 @@ def lorenz(state: Tensor, sigma: float = 10.0, rho: float = 28.0, beta: float = 
 
 
 def emulation_error(h: int, seed: int, starts: int = STARTS) -> float:
-    """Least error of `starts` trainings on test states, root mean square over that of the (standardised) field."""
+    """Return the least error of `starts` trainings on test states, RMS relative to that of the (standardised) field."""
     torch.manual_seed(seed)
     u, test = (torch.randn(STATES, 3, dtype=torch.double) for _ in range(2))
     scale = lorenz(10 * u).std(0)
@@ -96,7 +96,7 @@ def emulation_error(h: int, seed: int, starts: int = STARTS) -> float:
 
 
 def normal(gain: float, tied: bool = False) -> nn.Sequential:
-    """Euler steps with normal weights of deviation gain / sqrt(width): each its own, or one for all steps."""
+    """Make Euler steps with normal weights of deviation gain / sqrt(width): separate per step, or tied."""
     steps = [EulerStep(WIDTH, 1 / STEPS) for _ in range(STEPS)]
     weight = torch.randn(1 if tied else STEPS, WIDTH, WIDTH) * gain / WIDTH**0.5
     for step, each in zip(steps, weight.expand(STEPS, -1, -1), strict=True):
@@ -117,7 +117,7 @@ TRAINED = (*ORTHOGONAL, "normal")
 
 
 def gradient_norms(steps: nn.Sequential, x: Tensor, targets: Tensor) -> Tensor:
-    """|dL/dx_k| over |dL/dx_N| of every sample, k = 0..N-1: (N, batch)."""
+    """Return |dL/dx_k| over |dL/dx_N| of every sample, k = 0..N-1: (N, batch)."""
     states = [x.requires_grad_()]
     for step in steps:
         states.append(step(states[-1]))
@@ -127,7 +127,7 @@ def gradient_norms(steps: nn.Sequential, x: Tensor, targets: Tensor) -> Tensor:
 
 
 class Components(Digits):
-    """Digits in their first principal components, each of variance one."""
+    """Digits in their first principal components, each with variance one."""
 
     def __init__(self, name: str = "mnist") -> None:
         super().__init__(name)
@@ -138,7 +138,7 @@ class Components(Digits):
 
 
 def gradients(seed: int) -> dict[str, dict[str, float]]:
-    """By flow, the least and the largest norm over steps and 20 samples."""
+    """Return by flow the smallest and largest norm over steps and 20 samples."""
     ranges = {}
     for name, make in FLOWS.items():
         torch.manual_seed(seed)
@@ -148,7 +148,7 @@ def gradients(seed: int) -> dict[str, dict[str, float]]:
 
 
 def accuracies(digits: Digits, seed: int, epochs: int) -> dict[str, dict[str, float]]:
-    """On test digits (0 to 1), after backpropagation through flows that end in a read-out."""
+    """Return accuracies (0 to 1) on test digits, after backpropagation through flows with a read-out."""
     reached = {}
     for name in TRAINED:
         torch.manual_seed(seed)
@@ -158,7 +158,7 @@ def accuracies(digits: Digits, seed: int, epochs: int) -> dict[str, dict[str, fl
 
 
 def channels(seed: int) -> dict[str, dict[str, float]]:
-    """Nats under both models of noise, and the condition number, by weights and gain."""
+    """Return nats under both models of noise, and the condition number, by weights and gain."""
     rows = {}
     inputs = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(seed))
     for kind in ("orthogonal", "normal"):
@@ -186,7 +186,7 @@ def _cell(seed: int, epochs: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """The knee, the bound, and the better channel."""
+    """Judge the number of product nodes, the bound on gradients, and the better channel."""
     one, two, three = (series(cells, "lorenz", str(h), "error") for h in NODES)
     rows = [
         at_least("Lorenz", "bp", "error with 1 product node", one, 0.01),
@@ -218,7 +218,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Means over seeds with 95 % intervals."""
+    """Return tables of means over seeds with 95 % intervals."""
     part = partial(by_name, cells)
     means = "Mean over seeds with 95 % interval"
     field = f"Root mean square on {STATES} test states over that of the field; the best of {STARTS} starts. {means}."

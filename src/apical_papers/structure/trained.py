@@ -15,7 +15,7 @@ from apical_papers.digits import Digits, passes
 
 BATCH = 64
 RULES = {"bp": 0.1, "fa": 0.1, "dfa": 0.1, "usf": 0.1, "pfa-o": 0.1, "dtp": 0.1, "ccl": 1.0, "mono-forward": 0.1}
-"""Rules whose nets are measured, with learning rates of plain SGD, chosen after a look at the accuracy of one seed."""
+"""Rules whose nets are measured, with learning rates of plain SGD, chosen after inspecting the accuracy of one seed."""
 
 WIRINGS: dict[str, tuple[str | float, str, str, float]] = {
     "chain": ("chain", "fixed", "bp", 0.0),
@@ -28,7 +28,7 @@ WIRINGS: dict[str, tuple[str | float, str, str, float]] = {
     "chain, fa": ("chain", "fixed", "fa", 0.0),
     "learned, fa": ("complete", "learned", "fa", 0.0),
 }
-"""Wiring, edges, rule and gamma of graphs of eight nodes."""
+"""Wiring, edges, rule and gamma of graphs with eight nodes."""
 
 NODES, WIDTH, GRAPH_LR = 8, 64, 0.05
 
@@ -36,13 +36,13 @@ NODES, WIDTH, GRAPH_LR = 8, 64, 0.05
 def trained(
     rule: str, model: nn.Module, digits: Digits, lr: float, epochs: int, after: Callable[[], None] = lambda: None
 ) -> CreditRule:
-    """The rule after plain SGD; `after` runs after every step."""
+    """Return the rule after plain SGD; `after` is called after every step."""
     *_, learner = passes(rule, model, digits, lr, BATCH, epochs, after=after)
     return learner
 
 
 def numbers(model: nn.Module) -> dict[str, Any]:
-    """What is kept of a network's persistence."""
+    """Return the saved part of a network's persistence."""
     numbers = persistence(model, shuffles=3)
     assert numbers.deep_shuffled is not None
     return {
@@ -56,7 +56,7 @@ def numbers(model: nn.Module) -> dict[str, Any]:
 
 
 def topology(digits: Digits, seed: int, epochs: int) -> dict[str, Any]:
-    """Persistence before training, and after it under each rule."""
+    """Return persistence before training, and after it under each rule."""
     results: dict[str, Any] = {}
     for rule, lr in RULES.items():
         torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def topology(digits: Digits, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def wirings(digits: Digits, seed: int, epochs: int) -> dict[str, dict[str, float]]:
-    """Test accuracy of each wiring, and the share of its edges that can go below 0.01, with the accuracy then."""
+    """Return the test accuracy of each wiring, the share of its edges below 0.01, and the accuracy without these."""
     results = {}
     for name, (wiring, edges, rule, gamma) in WIRINGS.items():
         torch.manual_seed(seed)
@@ -87,9 +87,9 @@ def wirings(digits: Digits, seed: int, epochs: int) -> dict[str, dict[str, float
 
 
 def codes(digits: Digits, seed: int, networks: int = 30) -> float:
-    """Spearman's rho between the Gaussian entropy of random features and the accuracy of a linear read-out.
+    """Return Spearman's rho between the Gaussian entropy of random features and the accuracy of a linear read-out.
 
-    Two ReLU layers with masks: their density and locality vary from network to network.
+    Features are two ReLU layers with masks whose density and locality vary between networks.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels = digits.x.shape[1]
@@ -117,11 +117,11 @@ def codes(digits: Digits, seed: int, networks: int = 30) -> float:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of the ranks of two series; equal values have the mean of their ranks. 0 where one has no order at all.
+    """Return the rank correlation of two series; equal values get the mean of their ranks. 0 if one is constant.
 
     >>> round(spearman([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]), 9)
     0.5
     """
-    from scipy import stats  # a third of a second
+    from scipy import stats  # its import takes a third of a second
 
     return float(stats.spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0

@@ -1,24 +1,24 @@
-"""One evolved top-down network for any number of classes, on 2 to 10 classes and on classes that it never met.
+"""One evolved top-down network for any number of classes, tested on 2 to 10 classes and on unseen classes.
 
     python -m apical_papers.tdca.classes --out results/tdca-classes
 
-:class:`apical.rules.top_down.equivariant.EquivariantNetwork` looks at one class at a time. From each meta-seed it is evolved
-as the shipped teacher "classes" is (`apical evolve --recipe classes`), for 40 generations instead of 64, on tasks of 2 to 10
-digits from 800 images, with ReLU and tanh learners of one to four hidden layers. It is tested with learners that evolution
-did not have, on tasks of 2, 3, 5 and 10 digits from the other images, and of 3 and 5 classes of Fashion-MNIST, averaged to
-14 x 14 pixels. The recipe was chosen on meta-seed 0, on tasks of the images that evolution draws from. Marks were set before
-this was run. For each number of classes, as means over both learners, every rule at its own best rate of one grid by the
-mean loss on validation tasks:
+:class:`apical.rules.top_down.equivariant.EquivariantNetwork` sees one class at a time. From each meta-seed it is evolved
+like the shipped teacher "classes" (`apical evolve --recipe classes`), for 40 generations instead of 64, on tasks of 2 to 10
+digits from 800 images, with ReLU and tanh learners of one to four hidden layers. It is tested with learners not used in
+evolution, on tasks of 2, 3, 5 and 10 digits from the other images, and of 3 and 5 classes of Fashion-MNIST, averaged to
+14 x 14 pixels. The recipe was chosen on meta-seed 0, on tasks from the images used in evolution. Marks were set before this
+was run. For each number of classes, as means over both learners, with every rule at its best rate of one grid by the mean
+loss on validation tasks:
 
     loss below tuned direct feedback alignment's, that without credit to hidden units, that with credits of other examples
     loss below tuned backpropagation's (the paper's claim)
     accuracy within 1 point of tuned backpropagation's; on Fashion-MNIST at least 97 % of it
     the error sent by hand, p - y to D_l, is direct feedback alignment: accuracy within 1 point of it (the harness)
 
-A first run had rates up to 0.2, and tanh learners took the highest under every rule. The grid was widened to 0.8, and the
-tests of the same evolutions were run again; the marks are the same.
+A first run had rates up to 0.2, and tanh learners selected the highest under every rule. The grid was extended to 0.8, and
+the tests of the same evolutions were run again; the marks are the same.
 
-What is finished stays in the folder; the same command continues there.
+Finished parts are kept in the folder; the same command continues there.
 """
 
 import sys
@@ -53,13 +53,13 @@ from apical_papers.tdca.recipes import EVOLUTIONS
 from apical_papers.tdca.trials import Bench, tuned
 
 FIRST = 7100
-"""The first meta-seed; those below served for development."""
+"""The first meta-seed; lower ones were used for development."""
 LAYERS = 4
-"""Hidden layers of the deepest learner in evolution."""
+"""Number of hidden layers of the deepest learner in evolution."""
 RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-"""Learning rates that every rule is tuned over."""
+"""Grid of learning rates for every rule."""
 LEARNERS = {"mlp-64-64": "ReLU, 64 and 64", "mlp-tanh-48-48": "tanh, 48 and 48"}
-"""Learners of the tests; evolution has neither."""
+"""Learners of the tests, not used in evolution."""
 PARTS = {
     **{f"digits-{ways}": (f"{ways} digits", "digits", ways) for ways in (2, 3, 5, 10)},
     **{f"fashion-{ways}": (f"{ways} classes of Fashion-MNIST", "fashion-mnist", ways) for ways in (3, 5)},
@@ -99,21 +99,21 @@ class Options:
     """One evolved top-down network for any number of classes."""
 
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder to write; what is finished in it is kept."""
+    """Output folder; finished parts in it are kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions."""
     generations: int = 40
-    """Of each evolution."""
+    """Generations of each evolution."""
     tasks: int = 16
-    """Unseen tasks that rules are tested on, of each kind and learner."""
+    """Number of unseen test tasks, for each kind and learner."""
     validation: int = 12
-    """Unseen tasks that learning rates are chosen on."""
+    """Number of unseen tasks for choosing learning rates."""
     jobs: int = 0
-    """Meta-seeds side by side; 0: one per core."""
+    """Meta-seeds run in parallel; 0: one per core."""
 
 
 def setting_of(seed: int) -> Setting:
-    """That of the recipe, on tasks that two classes of 800 images have enough of."""
+    """Return the recipe's task, with a size for which two classes of 800 images suffice."""
     return replace(loop.setting(EVOLUTIONS["classes"]), examples=128, seed=seed)
 
 
@@ -123,7 +123,7 @@ def strategy() -> Strategy:
 
 
 def images(name: str) -> Images:
-    """What tests draw their tasks from, none of which evolution sees."""
+    """Return the data for test tasks, none of which is used in evolution."""
     if name == "digits":
         return digits()[1]
     large = unseen(name)
@@ -131,7 +131,7 @@ def images(name: str) -> Images:
 
 
 def evolved(seed: int, generations: int) -> tuple[dict[str, Any], Tensor]:
-    """One evolution: its curve, and the average of its centres."""
+    """Run one evolution; return its curve, and the average of its centres."""
     task = AnyClasses([digits()[0]], setting_of(seed))
     task.start = task.weights_of("wired")
     evolution = loop.Evolution(task, strategy(), Here(EVOLUTIONS["classes"].chunk), seed)
@@ -140,7 +140,7 @@ def evolved(seed: int, generations: int) -> tuple[dict[str, Any], Tensor]:
 
 
 def measures(sets: Images, ways: int, learner: str, seed: int, teacher: Tensor, options: Options) -> dict[str, Any]:
-    """What each rule comes to on tasks of so many classes: loss, accuracy, and the rate it was given."""
+    """Return for each rule, on tasks with this many classes, loss, accuracy and the chosen rate."""
     setting = replace(setting_of(seed), model=learner, others=(), layers=LAYERS, ways=ways)
     task, by_hand = (Classification([sets], replace(setting, hidden=hidden)) for hidden in (setting.hidden, 0))
     results = {}
@@ -158,7 +158,7 @@ def measures(sets: Images, ways: int, learner: str, seed: int, teacher: Tensor, 
 
 
 def cell(options: Options, seed: int) -> dict[str, Any]:
-    """One evolution and its tests, kept."""
+    """Run one evolution and its tests, and save them."""
     config = {
         **_numbers(options),
         "rates": list(RATES),
@@ -186,12 +186,12 @@ Cells = Sequence[Mapping[str, Any]]
 
 
 def values(cells: Cells, part: str, rule: str, key: str) -> list[float]:
-    """A measure of a rule, one value per meta-seed: the mean over learners."""
+    """Return a measure of a rule, one value per meta-seed: the mean over learners."""
     return [fmean(measured[rule][key] for measured in cell[part].values()) for cell in cells]
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """The marks; none from a single meta-seed."""
+    """Return the verdicts; none from a single meta-seed."""
     rows = []
     for part, (title, name, _) in PARTS.items() if len(cells) > 1 else ():
         loss, accuracy = (partial(values, cells, part, key=key) for key in ("loss", "accuracy"))
@@ -208,7 +208,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def table(cells: Cells, learner: str) -> dict[str, Any]:
-    """A learner's losses, accuracies and rates, a row for each kind of task and measure."""
+    """Return a table of a learner's losses, accuracies and rates, a row for each kind of task and measure."""
     rows = []
     for part, (title, _, _) in PARTS.items():
         runs = [series(cells, part, learner, rule) for rule in RULES]
@@ -224,7 +224,7 @@ def table(cells: Cells, learner: str) -> dict[str, Any]:
 
 
 def by_task(cells: Cells) -> dict[str, Any]:
-    """Median and worst loss of all tasks of all meta-seeds, a row for each kind of task and learner."""
+    """Return a table of median and worst loss over all tasks and meta-seeds, a row for each kind of task and learner."""
     rows = []
     for part, (title, _, _) in PARTS.items():
         for learner in LEARNERS:
@@ -238,7 +238,7 @@ def by_task(cells: Cells) -> dict[str, Any]:
 
 
 def slopes(cells: Cells) -> dict[str, Any]:
-    """How large the evolved credit is, in sizes of the error: of the output, and of each hidden layer from it down."""
+    """Return a table of the evolved credit relative to the error: of the output, and of each hidden layer below it."""
     p = torch.linspace(0.1, 0.9, 9)
     rows = []
     for cell in cells:
@@ -255,7 +255,7 @@ def slopes(cells: Cells) -> dict[str, Any]:
 
 @torch.no_grad()
 def _credit(weights: Tensor, p: Tensor) -> Tensor:
-    """What a network with flat weights (D,) emits (emissions, n, 2) of two classes: a wrong one, of probability p, first."""
+    """Return emissions (emissions, n, 2) of a network with flat weights (D,) for two classes: first a wrong one, at p."""
     network = EquivariantNetwork(LAYERS, EVOLUTIONS["classes"].hidden)
     torch.nn.utils.vector_to_parameters(weights, network.parameters())
     emitted: Tensor = network(torch.stack([p, 1 - p], 1), F.one_hot(torch.ones(len(p), dtype=torch.long), 2).to(p))
@@ -263,20 +263,20 @@ def _credit(weights: Tensor, p: Tensor) -> Tensor:
 
 
 def sent(weights: Tensor, p: Tensor) -> Tensor:
-    """What networks (S, D) send to a logit at probabilities (n,): (S, 2, n), of a wrong and of the right class.
+    """Return what networks (S, D) send to a logit at probabilities (n,): (S, 2, n), for a wrong and for the right class.
 
-    The right class beside a wrong one has what that leaves.
+    With two classes, the right class has the remaining probability.
     """
     z = torch.stack([_credit(vector, p)[0] for vector in weights])
     return torch.stack([z[..., 0], z[..., 1].flip(1)], 1)  # the right class at 1 - p
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json, a figure and report.html.
+    """Run the unfinished parts, then write results.json, a figure and report.html.
 
     Raises:
-        CheckpointError: the folder holds meta-seeds with other settings.
-        DataError: Fashion-MNIST is not there.
+        CheckpointError: the folder contains meta-seeds with other settings.
+        DataError: Fashion-MNIST is missing.
     """
     seeds = range(FIRST, FIRST + options.seeds)
     cells = in_order(options.jobs, seeds, partial(cell, options), options.out, lambda seed, _: f"meta-seed {seed}")
@@ -285,7 +285,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     drawing = render(
         "credit",
         "The output's credit, of two classes",
-        "What the evolved networks send to a logit, by the probability of its class: a line for each meta-seed, scaled "
+        "Credit of the evolved networks for a logit, by the probability of its class: a line for each meta-seed, scaled "
         "to the size of the error, p - y (dashed).",
         credit_figure(p, lines, *OF_LOGITS),
     )

@@ -1,4 +1,4 @@
-"""What evolved top-down networks send to an output, against what is sent by hand: the error p - y."""
+"""Credit that evolved top-down networks send to an output, compared with the hand-built credit, the error p - y."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from apical.rules.top_down.teacher import TopDownNetwork
 
 COLOURS = ("#0072B2", "#D55E00")
 OF_LOGITS = (("wrong class", "right class"), "probability of the class", "credit of the logit")
-"""Names and labels of the credit that logits of classes get."""
+"""Names and labels of the credit for class logits."""
 
 
 def credit_figure(p: Tensor, signals: Tensor, names: tuple[str, str], across: str, up: str) -> Figure:
-    """Credit over probability, a line for each of S networks and each value of y, beside p - y, to whose size it is scaled.
+    """Draw credit over probability, a line per network (S) and value of y, scaled to the size of p - y, which is also drawn.
 
     Args:
         p: probabilities (n,).
         signals: (S, 2, n), for y = 0 and y = 1.
-        names: of the two.
+        names: names of the two.
         across, up: labels of the axes.
     """
     hand = torch.stack([p, p - 1])
@@ -38,9 +38,9 @@ def credit_figure(p: Tensor, signals: Tensor, names: tuple[str, str], across: st
 
 
 def network_of(cell: Mapping[str, Any]) -> TopDownNetwork:
-    """The network that an evolution of the classification study ended with, from what was kept of it."""
+    """Return the final network of an evolution of the classification study, from its saved weights."""
     config = cell["config"]
-    width = int(config["model"].rpartition("-")[2])  # of the learner's one hidden layer
+    width = int(config["model"].rpartition("-")[2])  # of the learner's single hidden layer
     sizes = (config["ways"], [width], config["hidden"], config.get("sites"))
     network = TopDownNetwork(*sizes, relative=config["relative"], credit=config["credit"], output=config["output"])
     torch.nn.utils.vector_to_parameters(torch.tensor(cell["teacher"]), network.parameters())
@@ -48,9 +48,9 @@ def network_of(cell: Mapping[str, Any]) -> TopDownNetwork:
 
 
 def sent_to_outputs(cells: Sequence[Mapping[str, Any]], bins: int = 20, draws: int = 20_000) -> tuple[Tensor, Tensor]:
-    """Probabilities (bins,), and the mean credit (S, 2, bins) of an output there: of a wrong class, and of the right one.
+    """Return probabilities (bins,) and the mean credit (S, 2, bins) of an output there, for a wrong and the right class.
 
-    Predictions are drawn at random, from unsure to sure; the mean is over all with such a probability, and over classes.
+    Predictions are drawn at random, from uncertain to certain; the mean is over predictions in the bin and over classes.
     """
     generator = torch.Generator().manual_seed(0)
     classes = cells[0]["config"]["ways"]

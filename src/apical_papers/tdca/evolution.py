@@ -1,4 +1,4 @@
-"""Evolution from several meta-seeds at once, which costs less than one after the other, kept as it advances."""
+"""Joint evolution from several meta-seeds, which costs less than one after the other, saved as it advances."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,20 +26,20 @@ def evolve(
     path: Path,
     every: int = 1,
 ) -> dict[str, Any]:
-    """Centres of the search distributions, the mean fitness of each generation, and seconds.
+    """Return centres of the search distributions, the mean fitness of each generation, and seconds.
 
     Args:
-        tasks: one per meta-seed, which differ in it alone.
+        tasks: one per meta-seed; they differ only in the meta-seed.
         seeds: the meta-seeds.
-        starts: weights (D,) that each search begins with.
-        together: from tasks, populations (S, P, D) and a generation to fitness (S, P).
-        strategy: of every search.
-        generations: how many.
-        path: where finished generations are kept, every so many and the last.
-        every: so many.
+        starts: initial weights (D,) of each search.
+        together: maps tasks, populations (S, P, D) and a generation to fitness (S, P).
+        strategy: strategy of every search.
+        generations: number of generations.
+        path: file in which every `every`-th generation and the last are saved.
+        every: interval of saved generations.
 
     Raises:
-        CheckpointError: the file there is damaged, or of a longer evolution.
+        CheckpointError: the file is damaged, or belongs to a longer evolution.
     """
     searches = [Search(strategy, start) for start in starts]
     done, seconds, curve = 0, 0.0, []

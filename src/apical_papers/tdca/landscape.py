@@ -1,10 +1,10 @@
-"""Where TDCA and backpropagation go in the loss landscape: the shipped teacher on the default model, from the same starts.
+"""Paths of TDCA and backpropagation in the loss landscape: the shipped teacher on the default model, from the same starts.
 
-Run `python -m apical_papers.tdca.landscape --out results/tdca-landscape`. The paper says that TDCA's ways pass local minima
-where backpropagation's stay. A drawing cannot show that, because a plane of principal components makes any two ways look
-apart; so the study measures, for each start, where both end and what lies on the straight line between start and end.
-The marks: the loss at the end below tuned backpropagation's, and no start that ends worse than a guess.
-Each rule has its learning rate from one grid, by the training loss from starts of their own. A few minutes on one core.
+Run `python -m apical_papers.tdca.landscape --out results/tdca-landscape`. The paper says that TDCA's paths pass local minima
+where backpropagation's stay. A plot cannot show that, because any two paths look separate on a plane of principal
+components; so the study measures, for each start, where both end and the loss along the straight line between start and end.
+The marks: final loss below tuned backpropagation's, and no start that ends worse than guessing.
+Each rule has its learning rate from one grid, by the training loss from separate starts. A few minutes on one core.
 """
 
 import math
@@ -42,9 +42,9 @@ EVERY = 45
 GUESS = math.log(10)
 """The loss of equal probabilities for ten digits."""
 POINTS = 40
-"""Steps on a straight line, and on a side of the drawing."""
+"""Points on a straight line, and per side of the plot."""
 TUNING = 8
-"""Starts that learning rates are chosen on."""
+"""Number of starts for choosing learning rates."""
 RULES = {
     "tdca": "TDCA",
     "hand-silent": "by hand: the error, hidden silent",
@@ -76,7 +76,7 @@ class Options:
 
 
 def train(rule: str, digits: Dataset, seeds: Sequence[int], rates: Sequence[float]) -> tuple[Population, Tensor]:
-    """Snapshots (snapshots, P, n), the start first and the end last, of one learner per seed, with a learning rate each."""
+    """Return snapshots (snapshots, P, n) from start to end of one learner per seed, with a learning rate each."""
     x, y = digits.train.inputs, digits.train.targets
     population, other, start = learners(MODEL, rule, digits, (x, y), seeds)
     others = None if other is None else other.expand(len(seeds), -1)
@@ -91,7 +91,7 @@ def train(rule: str, digits: Dataset, seeds: Sequence[int], rates: Sequence[floa
 
 
 def tuned(rule: str, digits: Dataset) -> float:
-    """The learning rate of the grid with the lowest mean training loss, from starts that are not reported."""
+    """Return the learning rate of the grid with the lowest mean training loss, from starts that are not reported."""
     seeds = [seed_of("landscape tuning", k) for k in range(TUNING)]
     population, ways = train(rule, digits, [seed for seed in seeds for _ in GRID], [*GRID] * TUNING)
     final = losses(population.outputs(ways[-1], digits.train.inputs), digits.train.targets).nan_to_num(nan=1e6, posinf=1e6)
@@ -100,7 +100,7 @@ def tuned(rule: str, digits: Dataset) -> float:
 
 
 def measured(rule: str, digits: Dataset, starts: int, rate: float) -> tuple[list[dict[str, float]], Tensor]:
-    """What each run came to, and the ways (starts, snapshots, n)."""
+    """Return the results of each run, and the paths (starts, snapshots, n)."""
     population, ways = train(rule, digits, [seed_of("landscape", k) for k in range(starts)], [rate] * starts)
     right = accuracies(population.outputs(ways[-1], digits.test.inputs), digits.test.targets)
     loss, chunk = surface_of(digits)
@@ -114,14 +114,14 @@ def measured(rule: str, digits: Dataset, starts: int, rate: float) -> tuple[list
 
 
 def surface_of(digits: Dataset) -> tuple[Any, int]:
-    """The training loss as a function of the weights (n, P), and how many to evaluate together."""
+    """Return the training loss as a function of the weights (n, P), and how many to evaluate together."""
     model = build(MODEL, tuple(digits.train.inputs.shape[1:]), digits.classes)
     x, y = digits.train.inputs, digits.train.targets
     return losses_at(model, F.cross_entropy, x, y), points_at_once(model, x)
 
 
 def record(digits: Dataset, ways: dict[str, Tensor]) -> dict[str, Any]:
-    """The surface on the principal plane of two ways (snapshots, n), as :func:`landscape` takes it."""
+    """Return the surface on the principal plane of two paths (snapshots, n), as :func:`landscape` takes it."""
     loss, chunk = surface_of(digits)
     plane = principal_plane(list(ways.values()))
     places = {rule: plane.coordinates(way) for rule, way in ways.items()}
@@ -140,7 +140,7 @@ def record(digits: Dataset, ways: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
-    """Whether TDCA ends lower, and whether it ends better than a guess from every start."""
+    """Judge whether TDCA ends lower, and whether it ends better than guessing from every start."""
     ours, theirs = (series(rows[rule], "loss") for rule in ("tdca", "bp"))
     settled = [loss <= GUESS for loss in ours]
     return [
@@ -150,7 +150,7 @@ def verdicts(rows: dict[str, list[dict[str, float]]]) -> list[Row]:
 
 
 def _ends(rows: list[dict[str, float]]) -> list[str]:
-    """Median loss, and how many runs end above the loss of equal probabilities."""
+    """Format the median loss, and how many runs end above the loss of equal probabilities."""
     final = series(rows, "loss")
     failed = sum(not loss <= GUESS for loss in final)
     return [f"{median(final):.3g}", f"{failed} of {len(final)}"]
@@ -168,8 +168,8 @@ def study(options: Options, command: str) -> dict[str, Any]:
         for ours, theirs in zip(measurements["tdca"][1], measurements["bp"][1], strict=True)
     ]
     caption = (
-        "Training loss on the plane of the first two principal components of TDCA's way and BP's from the first start; "
-        "circle: start. Such a plane makes any two ways look apart; the table has what does not depend on it."
+        "Training loss on the plane of the first two principal components of TDCA's and BP's paths from the first start; "
+        "circle: start. Any two paths look separate on such a plane; the table has measures that do not depend on it."
     )
     drawn = {rule: measurements[rule][1][0] for rule in ("tdca", "bp")}
     drawing = render("landscape", "Two ways", caption, landscape(record(digits, drawn)))

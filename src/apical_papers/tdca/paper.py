@@ -1,4 +1,4 @@
-"""Top-down credit assignment: what there is to run again."""
+"""Tables of top-down credit assignment."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from apical_papers.tdca.recipes import EVOLUTIONS
 
 
 def _table(title: str, module: str, smoke: Sizes, cpu: Sizes, paper: Sizes | None = None, **more: Any) -> Table:
-    """The paper's own sizes are not known; "paper" is what "cpu" is."""
+    """The paper's sizes are not known; "paper" equals "cpu"."""
     return own_study(title, f"apical_papers.tdca.{module}", smoke, cpu, paper or cpu, **more)
 
 

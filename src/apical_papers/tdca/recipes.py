@@ -49,5 +49,5 @@ EVOLUTIONS: dict[str, EvolutionRecipe] = {
         chunk=4,
     ),
 }
-"""Recipes of `apical evolve --recipe NAME`: those of the shipped teachers "digits" and "classes", and the authors' own
-regime, in which a generation is 120,000 passes over MNIST. That is for a GPU, in pieces (`--resume`), or scaled down."""
+"""Recipes of `apical evolve --recipe NAME`: those of the shipped teachers "digits" and "classes", and the authors' regime,
+in which a generation is 120,000 passes over MNIST. Run it on a GPU, in parts (`--resume`), or scaled down."""

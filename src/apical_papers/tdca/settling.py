@@ -1,10 +1,11 @@
 """Does the shipped teacher's learner settle? Constant rate, decaying rate and averaged weights, against backpropagation.
 
 Run `python -m apical_papers.tdca.settling --out results/tdca-settling`. In `results/tdca-shipped` narrow and deep
-perceptrons missed the mark of 1.5 points on single seeds, at a constant learning rate. A credit that is no gradient need not
-vanish where training should end. On eight development starts and held-out training images, the mean of the weights over the
-last quarter of training was better than the last ones, in both networks. Here every rule has, for each way to end, its own
-learning rate by held-out training images; the starts that are tested were not used before. The marks, set before the run:
+perceptrons missed the mark of 1.5 points on single seeds, at a constant learning rate. A credit that is not a gradient need
+not vanish where training should end. On eight development starts and held-out training images, the mean of the weights over
+the last quarter of training was better than the final weights, in both networks. Here every rule has its own learning rate
+for each way to end, chosen on held-out training images; the tested starts were not used before. The marks, set before the
+run:
 
     averaged weights   every start at most 1.5 points below the mean of backpropagation's, averaged too
     averaged weights   accuracy above that of the last weights of the same runs
@@ -41,9 +42,9 @@ ENDS = {"constant": "constant rate", "averaged": "constant rate, averaged weight
 RATES = (0.01, 0.02, 0.05, 0.1)
 EPOCHS, BATCH, HELD = 20, 32, 240
 TUNING = 8
-"""Starts that learning rates are chosen on."""
+"""Number of starts for choosing learning rates."""
 LAST = 0.25
-"""Share of the training whose weights are averaged."""
+"""Share of the training over which weights are averaged."""
 POINTS = 1.5
 ABOUT = about_study(
     "The shipped teacher of TDCA: last weights, averaged weights, decaying rate",
@@ -76,11 +77,11 @@ def train(
     rates: Sequence[float],
     cosine: bool,
 ) -> tuple[Population, dict[str, Tensor]]:
-    """The last and the averaged weights (P, n) of one learner per seed and rate, seeds first.
+    """Return the last and the averaged weights (P, n) of one learner per seed and rate, seeds first.
 
     Args:
         images: inputs and labels to train on.
-        cosine: the rate falls to zero along half a cosine.
+        cosine: whether the rate falls to zero along half a cosine.
     """
     x, y = images
     population, other, start = learners(model, rule, digits, images, seeds, record=True)
@@ -95,7 +96,7 @@ def train(
         if done > (1 - LAST) * steps:
             summed.add_(weights)
             total += 1
-        if cosine:  # the optimiser reads the rates anew at each step
+        if cosine:  # the optimiser reads the rates again at each step
             lr.copy_(base * (1 + math.cos(math.pi * done / steps)) / 2)
 
     lifetime = Lifetime(steps=steps, lr=rates[0], optimizer="sgd", clip=1.0, batch_size=BATCH)
@@ -106,7 +107,7 @@ def train(
 def ends(
     model: str, rule: str, digits: Dataset, images: tuple[Tensor, Tensor], seeds: Sequence[int], rates: Sequence[float]
 ) -> dict[str, tuple[Population, Tensor]]:
-    """Weights (P, n) for each way to end."""
+    """Return weights (P, n) for each way to end."""
     population, constant = train(model, rule, digits, images, seeds, rates, cosine=False)
     _, falling = train(model, rule, digits, images, seeds, rates, cosine=True)
     weights = {"constant": constant["last"], "averaged": constant["averaged"], "cosine": falling["last"]}
@@ -114,7 +115,7 @@ def ends(
 
 
 def tuned(model: str, rule: str, digits: Dataset) -> dict[str, float]:
-    """The learning rate with the highest mean accuracy on held-out training images, for each way to end."""
+    """Return the learning rate with the highest mean accuracy on held-out training images, for each way to end."""
     order = torch.randperm(len(digits.train.targets), generator=torch.Generator().manual_seed(seed_of("held") % 2**31))
     held, kept = order[:HELD], order[HELD:]
     x, y = digits.train.inputs, digits.train.targets
@@ -127,7 +128,7 @@ def tuned(model: str, rule: str, digits: Dataset) -> dict[str, float]:
 
 
 def measured(model: str, rule: str, digits: Dataset, starts: int) -> dict[str, dict[str, Any]]:
-    """Rate, training losses and test accuracies (per cent) for each way to end."""
+    """Return rate, training losses and test accuracies (per cent) for each way to end."""
     x, y = digits.train.inputs, digits.train.targets
     seeds = [seed_of("settling test", k) for k in range(starts)]
     best = tuned(model, rule, digits)
@@ -148,7 +149,7 @@ Findings = dict[str, dict[str, dict[str, dict[str, Any]]]]
 
 
 def verdicts(findings: Findings) -> list[Row]:
-    """The marks of each network."""
+    """Return the verdicts on each network."""
     rows = []
     for model, rules in findings.items():
         ours, theirs = (rules[rule]["averaged"]["accuracies"] for rule in ("tdca", "bp"))
@@ -162,7 +163,7 @@ def verdicts(findings: Findings) -> list[Row]:
 
 
 def lines(model: str, rules: dict[str, dict[str, dict[str, Any]]]) -> list[list[Any]]:
-    """The table's rows of a network."""
+    """Return the table's rows of a network."""
     rows = []
     for end, title in ENDS.items():
         mean = fmean(rules["bp"][end]["accuracies"])

@@ -1,4 +1,4 @@
-"""How near the shipped teacher comes to backpropagation, read from finished comparisons.
+"""Distance of the shipped teacher to backpropagation, read from finished comparisons.
 
 Run `python -m apical_papers.tdca.shipped --comparisons results/tdca-digits ... --out results/tdca-shipped`.
 Each folder is one of `apical compare --rules bp dfa tdca tdca-silent`. The marks:
@@ -7,8 +7,8 @@ Each folder is one of `apical compare --rules bp dfa tdca tdca-silent`. The mark
     MNIST, USPS, KMNIST's test images   every seed at most 3 points below it
     hidden credit   accuracy above that without credit to hidden units
 
-The first two were set before the runs, the third after them. Convolutions, which the teacher was not evolved for, have none
-of the first two.
+The first two were set before the runs, the third after them. The first two do not apply to convolutions, for which the
+teacher was not evolved.
 """
 
 import json
@@ -27,7 +27,7 @@ from apical.bench.program import about_study, keep_results, run_command
 from apical.errors import ConfigError
 
 POINTS = {"digits": 1.5, "mnist": 3.0, "usps": 3.0, "kmnist-10k": 3.0}
-"""How far below backpropagation's mean a seed may lie, in points of test accuracy, by data set."""
+"""Largest distance of a seed below backpropagation's mean, in points of test accuracy, by data set."""
 RULES = {"bp": "BP", "dfa": "DFA", "tdca": "TDCA", "tdca-silent": "TDCA, no credit to hidden units"}
 ABOUT = about_study(
     "The shipped teacher of TDCA, against backpropagation",
@@ -43,7 +43,7 @@ ABOUT = about_study(
 
 @dataclass(frozen=True)
 class Options:
-    """How near the shipped teacher comes to backpropagation, read from finished comparisons."""
+    """Comparison of the shipped teacher with backpropagation, from finished comparisons."""
 
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the study."""
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Test accuracy in per cent and learning rate of each rule on one data set and network; seconds of all runs."""
+    """Test accuracy in per cent and learning rate of each rule on one data set and network; total seconds of the runs."""
 
     data: str
     model: str
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def read(folder: Path) -> Comparison:
-    """The comparison of a folder; runs that diverged are left out.
+    """Read the comparison in a folder; runs that diverged are left out.
 
     Raises:
         ConfigError: there is none, or a rule has no finished run.
@@ -88,14 +88,14 @@ def read(folder: Path) -> Comparison:
         }
         rates = {rule: recipes[rule]["lr"][0] for rule in RULES}
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} holds no comparison of {', '.join(RULES)} ({error!r})") from None
+        raise ConfigError(f"{folder} contains no comparison of {', '.join(RULES)} ({error!r})") from None
     if missing := [rule for rule in ("bp", "tdca", "tdca-silent") if len(runs[rule]) < 2]:
         raise ConfigError(f"{folder} has fewer than two finished runs of {', '.join(missing)}")
     return Comparison(recipes["bp"]["data"], recipes["bp"]["model"], runs, rates, sum(row["seconds"] or 0.0 for row in rows))
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[Row]:
-    """Each comparison by the mark of its data set, if it has one, and what credit to hidden units is worth."""
+    """Judge each comparison by the mark of its data set, if any, and the effect of credit to hidden units."""
     rows = []
     for comparison in comparisons:
         points = POINTS.get(comparison.data)
@@ -110,7 +110,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> list[Row]:
 
 
 def lines(comparison: Comparison) -> list[list[Any]]:
-    """The table's rows of a comparison."""
+    """Return the table's rows of a comparison."""
     rows: list[list[Any]] = []
     mean = fmean(comparison.accuracies["bp"])
     for rule, title in RULES.items():

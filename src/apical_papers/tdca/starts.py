@@ -19,13 +19,13 @@ from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssign
 def learners(
     model: str, rule: str, digits: Dataset, images: tuple[Tensor, Tensor], seeds: Sequence[int], record: bool = False
 ) -> tuple[Population, Tensor | None, Tensor]:
-    """A population, the teacher's flat weights (D,) where it has one, and the learners' initial weights (seeds, n).
+    """Return a population, the teacher's flat weights (D,) if it has one, and the learners' initial weights (seeds, n).
 
     Args:
-        model: its name.
-        rule: "bp", "tdca" with the shipped teacher, or "hand-silent" or "hand-random", with one made by hand.
+        model: name of the model.
+        rule: "bp", "tdca" with the shipped teacher, or "hand-silent" or "hand-random" with a hand-built teacher.
         images: inputs and labels to train on.
-        record: as :class:`Population` has it.
+        record: as in :class:`Population`.
     """
 
     def drawn(seed: int) -> torch.nn.Module:

@@ -3,10 +3,10 @@
     g_ij = 1/B sum_b c_ij f'(a_i) x_j       credit times what is local to the synapse
     g_ij = 1/B sum_b c_ij                   credit alone
 
-where credit per unit, which diffusion starts from in :mod:`apical.rules.top_down.teacher`, has c_ij = c_i. The paper says
-that diffusion cuts the weights of the top-down network; credit per weight is the largest network it can be cut from. It is a
-device of the study of diffusion, for perceptrons with one hidden layer of tanh units, and written to be fast: the credits of
-the first layer's weights, one for each example, are never laid out.
+where credit per unit, the starting point of diffusion in :mod:`apical.rules.top_down.teacher`, has c_ij = c_i. The paper
+says that diffusion reduces the weights of the top-down network; credit per weight is the largest network to reduce. It is
+used only in the study of diffusion, for perceptrons with one hidden layer of tanh units, and is written for speed: the
+credits of the first layer's weights, one per example, are never materialised.
 """
 
 from typing import Any, cast
@@ -28,12 +28,12 @@ class SynapticCredit(CreditRule):
     Args:
         model: affine, tanh, affine; its output is class scores.
         teacher: emits as many values as the model has parameters: those of the hidden units, then those of the output
-            units, each unit's weights followed by its bias. The output's stand where the teacher's credit does.
-        local: multiply credit by the activity and the slope at the synapse; otherwise it is the gradient itself.
-        silent: hand out no credit to hidden units.
+            units, each unit's weights followed by its bias. The output's apply to the same quantity as the teacher's credit.
+        local: multiply credit by the activity and the slope at the synapse; otherwise credit is the gradient.
+        silent: give no credit to hidden units.
 
     Raises:
-        UnsupportedModelError: the model is another.
+        UnsupportedModelError: the model is not of this form.
     """
 
     def __init__(self, model: nn.Module, teacher: TopDownNetwork, local: bool = True, silent: bool = False) -> None:
@@ -44,7 +44,7 @@ class SynapticCredit(CreditRule):
         self.teacher, self.local, self.silent = teacher.requires_grad_(False), local, silent
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose roots are the model's parameters and whose signals are their gradients."""
+        """Return credit whose roots are the model's parameters and whose signals are their gradients."""
         first, second = (m for m in self.model.modules() if isinstance(m, nn.Linear))
         x = inputs.flatten(1)
         a = torch.tanh(F.linear(x, first.weight.detach(), first.bias.detach()))
@@ -57,7 +57,7 @@ class SynapticCredit(CreditRule):
             t, u = with_one(t), torch.cat([u, top.bias.detach()[:, None]], 1)
         hidden, last = u.split([a.shape[1] * (x.shape[1] + 1), output.shape[1] * (a.shape[1] + 1)])
         hidden, last = hidden.unflatten(0, (a.shape[1], -1)), last.unflatten(0, (output.shape[1], -1))
-        if self.teacher.relative:  # the units share it, as with a credit per unit
+        if self.teacher.relative:  # shared by the units, as with credit per unit
             hidden = hidden / a.shape[1] ** self.teacher.share
         t = t / len(x)
         if self.local:
@@ -73,41 +73,41 @@ class SynapticCredit(CreditRule):
 
 
 def with_one(x: Tensor) -> Tensor:
-    """Activities (batch, n) and the 1 that a bias is multiplied by: (batch, n + 1)."""
+    """Append the constant 1 of the bias to activities (batch, n): (batch, n + 1)."""
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
 def at_slope(u: Tensor, t: Tensor, x: Tensor, slope: Tensor) -> Tensor:
-    """`sum_b c_ij f'_i x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
+    """Return `sum_b c_ij f'_i x_j` (units, inputs + 1) for credits `c_ij = sum_h u_ijh t_h`.
 
     Args:
         u: last layer of the top-down network, (units, inputs + 1, h).
-        t: what enters it, (batch, h).
+        t: its input, (batch, h).
         x, slope: the layer's inputs (batch, inputs), and its units' slopes (batch, units): 1 - a^2 for tanh.
     """
     return torch.einsum("ijh,hij->ij", u, torch.einsum("bh,bi,bj->hij", t, slope, with_one(x)))
 
 
 def at_softmax(u: Tensor, t: Tensor, x: Tensor, p: Tensor) -> Tensor:
-    """`sum_b p_i (c_ij - sum_k p_k c_kj) x_j` (classes, inputs + 1): credit on probabilities p, pulled back; as above."""
+    """Return `sum_b p_i (c_ij - sum_k p_k c_kj) x_j` (classes, inputs + 1): credit on probabilities p, pulled back."""
     weighted = torch.einsum("ijh,bh->bij", u, t) * p[:, :, None]
     return ((weighted - p[:, :, None] * weighted.sum(1, keepdim=True)) * with_one(x)[:, None]).sum(0)
 
 
 class SynapticClassification(Classification):
-    """Evolving top-down networks with a credit per weight; `local` as in :class:`SynapticCredit`."""
+    """Evolution of top-down networks with a credit per weight; `local` as in :class:`SynapticCredit`."""
 
     def __init__(self, sets: list[Images], setting: Setting, local: bool = True) -> None:
         self.local = local
         super().__init__(sets, setting)
 
     def rule(self, model: nn.Module, teacher: Network, silent: bool = False) -> CreditRule:
-        """What trains a learner."""
+        """Return the rule that trains a learner."""
         assert isinstance(teacher, TopDownNetwork)
         return SynapticCredit(model, teacher, self.local, silent)
 
     def network(self, seed: int) -> TopDownNetwork:
-        """An unevolved top-down network, as wide at its end as the learner has parameters."""
+        """Return an unevolved top-down network with one output per parameter of the learner."""
         emitted = sum(parameter.numel() for parameter in self.learner(0).parameters())
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)

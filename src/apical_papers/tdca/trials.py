@@ -1,9 +1,9 @@
-"""Learners trained on tasks that no evolution saw, under every rule: what the classification study compares.
+"""Learners trained on tasks that no evolution saw, under every rule, as compared in the classification study.
 
-All learners of a task begin with the same weights and see the same images. Each rule gets its learning rate from one
-grid, on validation tasks, by the mean loss there; TDCA and backpropagation are also compared at the same rate.
+All learners of a task start with the same weights and see the same images. Each rule gets its learning rate from one grid,
+by the mean loss on validation tasks; TDCA and backpropagation are also compared at the same rate.
 
-A study's harness is sound where the hand-built teacher, which needs no evolution, comes near backpropagation.
+A study's harness is sound if the hand-built teacher, which needs no evolution, comes close to backpropagation.
 """
 
 from collections.abc import Sequence
@@ -27,22 +27,22 @@ from apical.rules.top_down.teacher import TopDownNetwork
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment
 
 GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""Learning rates that every rule is tuned over."""
+"""Grid of learning rates for every rule."""
 
 EVOLVED = ("tdca", "unevolved", "silent", "shuffled", "hidden-half", "output-half")
-"""Rules that take a top-down network's weights."""
+"""Rules that use a top-down network's weights."""
 
 
 LAST, SWING = 10, 0.01
-"""Steps at the end of a lifetime that are watched, and the loss (nats) that none of them is to exceed."""
+"""Number of monitored steps at the end of a lifetime, and the loss (nats) that none of them should exceed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What learners came to, over tasks.
+    """Results of learners, over tasks.
 
     Attributes:
-        loss, accuracy: mean of the loss on training images (nats) and of the accuracy on held-out images.
+        loss, accuracy: mean loss on training images (nats) and mean accuracy on held-out images.
         losses, accuracies: both by task.
         logit: mean magnitude of the logits of training images.
         swings: share of tasks whose loss exceeds SWING at one of the last LAST steps.
@@ -64,10 +64,10 @@ class Bench:
     """Unseen tasks, drawn once, with unseen initial weights.
 
     Args:
-        task: says what tasks and learners are like.
-        number: of tasks.
-        name: draws other tasks under another name.
-        feedback: seed of random feedback; None takes the same in all benches.
+        task: defines tasks and learners.
+        number: number of tasks.
+        name: another name draws other tasks.
+        feedback: seed of random feedback; None uses the same in all benches.
     """
 
     def __init__(self, task: Classification, number: int, name: str, feedback: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Bench:
         self.seeds = [seed_of("unseen start", name, k) for k in range(number)]
 
     def population(self, rule: str, teacher: Tensor | None) -> tuple[Population, Tensor | None]:
-        """Learners under a rule, and the teacher's flat weights (D,), the same for all, where there is one.
+        """Return learners under a rule, and the teacher's flat weights (D,), the same for all, if there is one.
 
         Args:
             rule: "tdca" or "unevolved"; "silent", without credit for hidden units; "shuffled", with the credits of other
@@ -95,14 +95,14 @@ class Bench:
         return Population(made, inputs, targets, record=True), None
 
     def _taught(self, rule: str) -> CreditRule:
-        """A rule with a top-down network, whose weights are each learner's own."""
+        """Make a rule with a top-down network that has separate weights for each learner."""
         model, network = self.task.learner(0), self.task.network(0)
         if rule in ("tdca", "unevolved", "silent"):
             return self.task.rule(model, network, silent=rule == "silent")
         return TopDownCreditAssignment(model, teacher=self._changed(rule, network), credit=network.credit)
 
     def _changed(self, rule: str, network: Network) -> nn.Module:
-        """A top-down network whose credit goes elsewhere, or half of which is used."""
+        """Make a top-down network whose credit is sent to other examples, or only half used."""
         widths = self.task.widths()
         if rule == "shuffled":
             return ShuffledTeacher(network, widths)
@@ -110,7 +110,7 @@ class Bench:
         return MixedTeacher(network, widths, "hidden" if rule == "hidden-half" else "output", self.feedback % 2**31)
 
     def _plain(self, rule: str, model: nn.Module) -> CreditRule:
-        """A rule without evolved weights."""
+        """Make a rule without evolved weights."""
         if rule in ("hand-silent", "hand-random"):
             hidden: Literal["silent", "random"] = "silent" if rule == "hand-silent" else "random"
             built = HandBuiltTeacher(self.task.outputs, self.task.widths(), hidden, seed=self.feedback % 2**31)
@@ -118,10 +118,10 @@ class Bench:
         return Backprop(model) if rule == "bp" else DirectFeedbackAlignment(model)
 
     def run(self, rule: str, rates: Sequence[float], lifetime: Lifetime, teacher: Tensor | None = None) -> list[Trial]:
-        """One trial per learning rate; the learners of all tasks and rates are trained at once."""
+        """Run one trial per learning rate; the learners of all tasks and rates are trained together."""
         population, weights = self.population(rule, teacher)
         repeats = len(rates)
-        fewest = min(len(sample.other_targets) for sample in self.samples)  # held-out images, where a set is small
+        fewest = min(len(sample.other_targets) for sample in self.samples)  # held-out images of the smallest set
         size = {"inputs": None, "targets": None, "other_inputs": fewest, "other_targets": fewest}
         inputs, targets, other_inputs, other_targets = (
             torch.stack([getattr(sample, name)[: size[name]] for sample in self.samples]).repeat_interleave(repeats, 0)
@@ -143,7 +143,7 @@ class Bench:
             "losses": late[-1].nan_to_num(nan=1e6, posinf=1e6),
             "accuracies": right,
             "logit": outputs.abs().mean((1, 2)),
-            "swings": 1 - (torch.stack(late).amax(0) <= SWING).to(right.dtype),  # a loss that is not a number swings too
+            "swings": 1 - (torch.stack(late).amax(0) <= SWING).to(right.dtype),  # a NaN loss counts as a swing
             "dead": dead_units(population, trained, inputs),
         }
         by_rate = {name: value.view(-1, repeats).T.tolist() for name, value in measures.items()}
@@ -157,7 +157,7 @@ class Bench:
 
 
 def dead_units(population: Population, weights: Tensor, inputs: Tensor) -> Tensor:
-    """Share of the last hidden layer's units of each learner (P,) that are 0 for all of its inputs (P, batch, ...)."""
+    """Return the share of each learner's (P,) last hidden units that are 0 for all of its inputs (P, batch, ...)."""
     below = cast(nn.Sequential, population.rule.model)[:-1]
     names = [name for name, _ in below.named_parameters()]
 
@@ -173,5 +173,5 @@ def dead_units(population: Population, weights: Tensor, inputs: Tensor) -> Tenso
 def tuned(
     validation: Bench, rule: str, lifetime: Lifetime, teacher: Tensor | None = None, rates: Sequence[float] = ()
 ) -> float:
-    """The learning rate of the grid, or of other ones, with the lowest mean loss on validation tasks."""
+    """Return the learning rate, of the grid or of those given, with the lowest mean loss on validation tasks."""
     return min(validation.run(rule, rates or GRID, lifetime, teacher), key=lambda trial: trial.loss).lr

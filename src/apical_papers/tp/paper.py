@@ -1,4 +1,4 @@
-"""Target propagation: what there is to run again."""
+"""Tables of target propagation."""
 
 from functools import partial
 

@@ -1,12 +1,12 @@
 """Target propagation (arXiv 2006.14331): its studies.
 
 Hyper-parameters are those of the released configurations, rounded to four digits; their learning rates are divided by eta,
-and so are ours, by `normalised=False` and the rate itself. Their output error is that of the batch's mean, so our eta is
-theirs divided by 128. The numbers of the paper's tables were not found in any source that could be read: no row has a
-published number, and the orders that the abstract and a review state are the claims.
+and so are ours, through `normalised=False` and the rate itself. Their output error is that of the batch mean, so our eta is
+theirs divided by 128. No readable source with the paper's tables was found: no row has a published number, and the claims
+are the orders stated in the abstract and a review.
 
-Departure: an extra pass in which feedback alone learns, after each epoch, stands where theirs does, but within the epoch
-both kinds of weights learn in the same steps in theirs and in passes of their own in ours (`feedback_passes`).
+Departure: the extra pass after each epoch in which only feedback learns is the same as theirs, but within the epoch both
+kinds of weights learn in the same steps in theirs and in separate passes in ours (`feedback_passes`).
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ def _scaled(lr: float, eta: float, sigma: float) -> dict[str, Any]:
 
 
 def _digits() -> Study:
-    """The specification's pilot: the 8 x 8 digits, four hidden layers of 64."""
+    """Return the specification's pilot: the 8 x 8 digits, four hidden layers of 64."""
     base = Recipe(
         data="digits",
         model="mlp-tanh-64-64-64-64",
@@ -54,11 +54,11 @@ _MNIST = Recipe(
 )
 
 Adam = tuple[float, float, float, float]
-"""Learning rate, both decay rates of the moments, and epsilon."""
+"""Learning rate, decay rates of both moments, and epsilon."""
 
 
 def _learned(rule: str, forward: Adam, eta: float, feedback: Adam, sigma: float, decay: float) -> Row:
-    """A row with feedback that learns, in passes of its own but for the first of these rules."""
+    """Return a row with feedback that learns, in separate passes except for the first of these rules."""
     of_feedback: dict[str, Any] = dict(
         zip(("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps"), feedback, strict=True)
     )
@@ -96,7 +96,7 @@ Tuned = dict[str, tuple[float, float, float, float]]
 def _tuned(
     title: str, base: Recipe, plain: dict[str, float], tuned: Tuned, *, pretrain: int, extra: int, neurons: int = 1024
 ) -> Study:
-    """A study of which only these four are known of each rule: Adam is as PyTorch has it, feedback does not decay."""
+    """Return a study with only these four settings per rule: Adam has PyTorch's defaults, feedback does not decay."""
     rows = rows_of(base, {rule: {"lr": (lr,)} for rule, lr in plain.items()})
     for rule, (lr, eta, feedback_lr, sigma) in tuned.items():
         recipe = replace(base, rule=rule, feedback_lr=feedback_lr, feedback_weight_decay=0.0, **_scaled(lr, eta, sigma))
@@ -122,7 +122,7 @@ def _fashion() -> Study:
 
 
 def _cifar10() -> Study:
-    """The pixels are normalised by their own means, not to (-1, 1)."""
+    """Return the study on CIFAR-10. Pixels are normalised by their own means, not to (-1, 1)."""
     tuned = {
         "dtp": (8.083e-6, 0.07273, 2.131e-3, 0.2408),
         "dtp-drl": (1.412e-5, 0.02621, 1.518e-4, 0.09923),

@@ -1,10 +1,9 @@
-"""Where targets point: lower layers trained through frozen upper ones, and updates that cannot change the output.
+"""Direction of targets: lower layers trained through frozen upper ones, and updates that cannot change the output.
 
 Run `python -m apical_papers.tp.targets --out results/tp-targets`. Two experiments of arXiv 2006.14331 at the size of a CPU.
-In the first all weights but those of the lowest layer stay as they were drawn, so that nothing but the quality of its
-targets decides how far the network comes. In the second the weights of a small regression network stay as they are, and the
-part of an update that lies in the null space of the output's derivative is measured: learning it is wasted. Each seed is
-kept in the folder when it is finished, so an interrupted study continues.
+In the first, only the lowest layer is trained, so that the result depends only on the quality of its targets. In the second,
+the weights of a small regression network are fixed, and the part of an update in the null space of the output's derivative
+is measured: learning it is wasted. Each seed is saved in the folder when it is finished, so an interrupted study continues.
 """
 
 import sys
@@ -69,7 +68,7 @@ ABOUT = about_study(
 
 
 def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
-    """Test accuracy after training the lowest layer and the feedback alone."""
+    """Return the test accuracy after training only the lowest layer and the feedback."""
     torch.manual_seed(seed)
     model = models.build(SETTINGS["model"], digits.input_shape, digits.classes)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -94,11 +93,11 @@ def frozen(make: Made, digits: Dataset, seed: int, epochs: int) -> float:
 
 
 DAMPING = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-"""Of Gauss-Newton targets: for each rule and layer the one that fits best counts."""
+"""Dampings of Gauss-Newton targets: for each rule and layer, the best-fitting one counts."""
 
 
 def angles(make: Made, digits: Dataset, seed: int, epochs: int) -> dict[str, list[float]]:
-    """Degrees of each hidden layer's update to the gradient and to Gauss-Newton targets', means over epochs."""
+    """Return degrees of each hidden layer's update to the gradient and to Gauss-Newton targets', means over epochs."""
     torch.manual_seed(seed)
     model = models.build(SETTINGS["model"], digits.input_shape, digits.classes).double()
     rule, (x, y) = make(model), (digits.train.inputs[:64].double(), digits.train.targets[:64])
@@ -126,7 +125,7 @@ def angles(make: Made, digits: Dataset, seed: int, epochs: int) -> dict[str, lis
 
 @torch.no_grad()
 def target_updates(chain: Chain, inputs: Tensor, labels: Tensor, damping: float) -> list[Tensor]:
-    """Changes of the hidden layers' weights towards Gauss-Newton targets, means over the batch."""
+    """Return changes of the hidden layers' weights towards Gauss-Newton targets, means over the batch."""
     states = chain.run(inputs)
     error = output_error(F.cross_entropy, states.r[-1], labels)[1]
     updates = []
@@ -137,7 +136,7 @@ def target_updates(chain: Chain, inputs: Tensor, labels: Tensor, damping: float)
 
 
 def output_moves(seed: int, activation: type[nn.Module], networks: int = 50) -> dict[str, list[float]]:
-    """Cosine of the output's move to minus its error when one hidden layer alone takes its update, means over networks."""
+    """Return the cosine of the output's change to minus its error when only one hidden layer is updated, network means."""
     torch.manual_seed(seed)
     sums: dict[str, Tensor] = {"targets": torch.zeros(2), "gradient": torch.zeros(2)}
     for _ in range(networks):
@@ -162,7 +161,7 @@ def output_moves(seed: int, activation: type[nn.Module], networks: int = 50) -> 
 
 
 def wasted(name: str, seed: int) -> float:
-    """Mean share of the upper hidden layer's update that lies in the null space of the output's derivative."""
+    """Return the mean share of the upper hidden layer's update in the null space of the output's derivative."""
     options, rate, decay = TOY[name]
     torch.manual_seed(seed)
     teacher = _network((6, 1000, 1000, 1000, 1000, 2), nn.ReLU, gain=3.0)
@@ -184,9 +183,9 @@ def wasted(name: str, seed: int) -> float:
 
 @torch.no_grad()
 def null_share(rule: DifferenceTargetPropagation, inputs: Tensor, targets: Tensor) -> Tensor:
-    """`|(I - J^+ J) s| / |s|` of the topmost hidden layer, s its update's signal, J the output by its potentials; (batch,).
+    """Return `|(I - J^+ J) s| / |s|` (batch,) of the topmost hidden layer; s: its signal, J: Jacobian of the output in it.
 
-    The update of one sample is the outer product of s and the layer's input, so that its share is that of s.
+    The update of one sample is the outer product of s and the layer's input, so its share is that of s.
     """
     states = rule.chain.run(inputs)
     d = rule.distances(states, -rule.eta * output_error(rule.loss, states.r[-1], targets)[1])[-2]
@@ -239,7 +238,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def tables(cells: Cells) -> list[Row]:
-    """Accuracies, what is wasted, where updates point and what they do to the output."""
+    """Return tables of accuracies, wasted shares, directions of updates and their effect on the output."""
     angles = [
         [name, _lowest(cells, name), [fmean(degrees) for degrees in series(cells, "angles", name, "targets")]]
         for name in cells[0]["angles"]
@@ -284,7 +283,7 @@ def _lowest(cells: Cells, name: str) -> list[float]:
 
 
 def angle_verdicts(cells: Cells) -> list[Row]:
-    """The claims about angles: to the gradient in the lowest layer, to Gauss-Newton targets in most hidden layers."""
+    """Judge the claims about angles: to the gradient in the lowest layer, to Gauss-Newton targets in most hidden layers."""
     rows = []
     for better in ("dtp-drl", "ddtp-linear"):
         what = "lowest layer: degrees to the gradient minus those of dtp, plus 3"
@@ -304,7 +303,7 @@ def angle_verdicts(cells: Cells) -> list[Row]:
 
 
 def move_verdicts(cells: Cells) -> list[Row]:
-    """The claims about the output's move: right for linear units, better than the gradient's for others."""
+    """Judge the claims about the output's change: correct for linear units, better than the gradient's for others."""
     rows = []
     for kind in ("identity", "tanh"):
         for i, layer in enumerate(("lower", "upper")):

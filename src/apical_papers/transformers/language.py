@@ -1,9 +1,9 @@
-"""Rules on a small language model, each at its best learning rate, beside tables of counts and a read-out that learns alone.
+"""Rules on a small language model, each at its best learning rate, compared with n-gram counts and a trained read-out.
 
 Run `python -m apical_papers.transformers.language --out results/transformers-language`. A pre-norm decoder of two blocks on
 the sources of Python's standard library; equal steps and windows for all. Each arm is tried at learning rates of one ladder,
-at seed 0: from its middle on, until the one with the least loss on windows held out of the training text has a worse one on
-either side, or the ladder ends. Marks were written before this was run. Each training is kept in the folder when it is
+at seed 0: from its middle on, until the rate with the lowest loss on windows held out of the training text has a worse rate
+on either side, or the ladder ends. Marks were written before this was run. Each training is saved in the folder when it is
 finished, so an interrupted study continues.
 """
 
@@ -46,12 +46,12 @@ ARMS: dict[str, Arm] = {
     "pfa-decay": Arm("pfa", ("initial=random",), decay=2.5),
     "pfa-wide-mirror-160": Arm("pfa", (MIRROR, "expansion=16", "mirror=160")),
 }
-"""In the order in which they are trained. "decay" aligns by decay in the first quarter of the steps. The least angle that
-B R allows is atan(1 / sqrt(lambda)): 17.5 degrees for an expansion lambda of 10, 14.0 for 16 ("wide"). "160" vectors of
-noise per input begin at half the angle of the usual 40."""
+"""Arms in the order of training. "decay" aligns by decay in the first quarter of the steps. The smallest possible angle of
+B R is atan(1 / sqrt(lambda)): 17.5 degrees for an expansion lambda of 10, 14.0 for 16 ("wide"). With "160" vectors of noise
+per input, the initial angle is half of that with the usual 40."""
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By arm, what was kept of each seed at the arm's rate; empty where the rule refused or nothing was trained."""
+"""Saved results of each seed at the arm's rate, by arm; empty if the rule refused or nothing was trained."""
 
 ABOUT = about_study(
     "Credit rules on a small language model",
@@ -69,33 +69,33 @@ class Options:
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/transformers-language")
     seeds: Annotated[int, arg(metavar="K")] = 3
-    """Weights and windows; the first one chooses the learning rate."""
+    """Number of seeds, for weights and windows; the first one chooses the learning rate."""
     steps: Annotated[int, arg(metavar="N")] = 400
-    """Of each training, a multiple of 4."""
+    """Steps of each training, a multiple of 4."""
     width: Annotated[int, arg(metavar="N")] = 96
-    """Of the stream."""
+    """Width of the stream."""
     blocks: Annotated[int, arg(metavar="N")] = 2
-    """Of the model."""
+    """Number of blocks of the model."""
     rates: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = (5e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
-    """Learning rates, upwards, of which each arm is tried at as many as it takes to bracket the best."""
+    """Learning rates in ascending order; each arm is tried at as many as needed to bracket the best."""
     arms: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = tuple(ARMS)
-    """Arms that are trained."""
+    """Arms to train."""
     kept: bool = False
-    """Train nothing: report what is in the folder, also of a study that was stopped."""
+    """Train nothing: report the results in the folder, also of a stopped study."""
 
 
 def study(
     options: Options, command: str, about: Mapping[str, Any], judge: Callable[[Cells, Mapping[str, float]], list[Row]]
 ) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html.
+    """Run missing trainings, then write results.json and report.html.
 
     Args:
         about: title, about and sources of the results.
-        judge: maps what was kept of each arm, and the losses of counts, to verdicts.
+        judge: maps the saved results of each arm, and the losses of counts, to verdicts.
     """
     unknown = [name for name in options.arms if name not in ARMS]
     if unknown or options.steps % 4 or not options.rates or list(options.rates) != sorted(set(options.rates)):
-        raise ConfigError(f"--arms are of {', '.join(ARMS)}; --steps a multiple of 4, --rates upwards")
+        raise ConfigError(f"--arms must be among {', '.join(ARMS)}, --steps a multiple of 4, --rates ascending")
     dataset = data()
     tried = {
         name: tuned(options.rates, lambda lr, name=name: _training(options, dataset, name, lr, 0))  # type: ignore[misc]
@@ -104,7 +104,7 @@ def study(
     tried = {name: row for name, row in tried.items() if row}
     best = {name: _best(row) for name, row in tried.items()}
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}
-    for seed in range(options.seeds):  # arm by arm within a seed, so that a stopped study has whole seeds
+    for seed in range(options.seeds):  # arm by arm within a seed, so that a stopped study has complete seeds
         for name, lr in best.items():
             cell = None if lr is None or len(cells[name]) < seed else _training(options, dataset, name, lr, seed)
             if cell is not None:
@@ -120,13 +120,13 @@ def study(
         "learning rates": list(options.rates),
         "commits of the trainings": sorted({str(cell["commit"])[:12] for cell in every if "commit" in cell}),
     }
-    once = {str(cell["config"]): cell for cell in every}.values()  # the rate that was best is among those tried
+    once = {str(cell["config"]): cell for cell in every}.values()  # the best rate is among those tried
     rows = judge({name: _whole(group) for name, group in cells.items()}, counts)
     return keep_results(options.out, command, about, settings, once, rows, tables(options, tried, best, cells, counts))
 
 
 def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: int) -> Any:
-    """What came of a training; None where only what is kept is asked for, and it is not."""
+    """Return the result of a training; None if only saved results are wanted and it is not saved."""
     setting = Setting(name, lr, seed, options.width, options.steps, options.blocks)
     if options.kept and not (options.out / "cells" / setting.file).exists():
         return None
@@ -134,10 +134,10 @@ def _training(options: Options, dataset: Dataset, name: str, lr: float, seed: in
 
 
 def tuned(rates: Sequence[float], training: Callable[[float], Any]) -> dict[float, Mapping[str, Any]]:
-    """What came of the rates that it takes to bracket the best, which are tried from the middle of the ladder on.
+    """Return the results of the rates needed to bracket the best, tried from the middle of the ladder on.
 
     Args:
-        training: maps a rate to what came of it, None where it is not to be had.
+        training: maps a rate to its result, None if it is not available.
     """
     first = {(len(rates) - 1) // 2, len(rates) // 2}
     cells, waiting = dict[float, Mapping[str, Any]](), [rates[place] for place in sorted(first)]
@@ -153,7 +153,7 @@ def tuned(rates: Sequence[float], training: Callable[[float], Any]) -> dict[floa
 
 
 def is_bracketed(rates: Sequence[float], cells: Mapping[float, Mapping[str, Any]]) -> bool:
-    """Whether the best rate has a worse one of the ladder on either side."""
+    """Return whether the best rate has a worse one of the ladder on either side."""
     best = _best(cells)
     return best is not None and len(_neighbours(rates, best)) == 2 and all(lr in cells for lr in _neighbours(rates, best))
 
@@ -164,7 +164,7 @@ def _neighbours(rates: Sequence[float], lr: float) -> Sequence[float]:
 
 
 def _best(cells: Mapping[float, Mapping[str, Any]]) -> float | None:
-    """The rate with the least loss on held-out windows; None where every training was refused or diverged."""
+    """Return the rate with the lowest loss on held-out windows; None if every training was refused or diverged."""
     scores = [(cell["held out"], lr) for lr, cell in cells.items() if cell["held out"] is not None]
     return min(scores)[1] if scores else None
 
@@ -174,7 +174,7 @@ def _whole(cells: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 
 def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
-    """The marks M1 to M8 that there are numbers for."""
+    """Return verdicts for those of the marks M1 to M8 that have numbers."""
     test, ratio, angle = partial(losses_of, cells), partial(loss_ratio, cells), partial(end_angle, cells)
 
     def within(arm: str, share: float) -> list[Row]:
@@ -184,7 +184,7 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
         return less(mark, arm, f"that of {other}, plus {by:g}", [a + by for a in test(arm)], test(other))
 
     def less(mark: str, arm: str, what: str, ours: Sequence[float], theirs: Sequence[float]) -> list[Row]:
-        pairs = list(zip(ours, theirs, strict=False))  # of the seeds that both have
+        pairs = list(zip(ours, theirs, strict=False))  # over common seeds
         both = zip(*pairs, strict=True)
         return [difference(mark, arm, f"test loss minus {what}", *both, less=True)] if len(pairs) > 1 else []
 
@@ -213,7 +213,7 @@ def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
 
 
 _DIRECT = ("dfa", "dfa-head")
-"""With the output error, and with the error at the read-out's input, which is what the prototype had."""
+"""With the output error, and with the error at the read-out's input, as in the prototype."""
 _DECAY = ("kp-decay", "pfa-decay")
 _PRODUCT = ("pfa-mirror", "pfa-wide-mirror", "pfa-o-mirror")
 
@@ -224,18 +224,18 @@ def losses_of(cells: Cells, arm: str) -> list[float]:
 
 
 def loss_ratio(cells: Cells, mark: str, arm: str, most: float) -> list[Row]:
-    """A verdict on the test loss over that of the same seeds of bp."""
+    """Judge the test loss relative to that of the same seeds of bp."""
     values = [a / b for a, b in zip(losses_of(cells, arm), losses_of(cells, "bp"), strict=False)]
     return _at_most(mark, arm, "test loss over that of bp", values, most)
 
 
 def end_angle(cells: Cells, mark: str, arm: str, most: float) -> list[Row]:
-    """A verdict on the mean angle of feedback to weights after the last step."""
+    """Judge the mean angle of feedback to weights after the last step."""
     return _at_most(mark, arm, "mean angle at the end, degrees", _mean(cells.get(arm, ()), "last"), most)
 
 
 def _at_most(mark: str, rule: str, what: str, values: Sequence[float], most: float) -> list[Row]:
-    """A verdict on the mean; none without values."""
+    """Judge the mean; no verdict without values."""
     return [at_most(mark, rule, what, values, most)] if values else []
 
 
@@ -258,7 +258,7 @@ def tables(
     cells: Cells,
     counts: Mapping[str, float],
 ) -> list[Row]:
-    """Each arm at its rate, with the counts; and the losses by which rates were chosen."""
+    """Return tables of each arm at its rate, with the counts, and of the losses by which rates were chosen."""
     bp = [cell["test"] for cell in _whole(cells.get("bp", ()))]
     rows = []
     for name in sorted(cells, key=lambda name: _order(cells[name])):

@@ -1,11 +1,11 @@
-"""Rules on a decoder of four blocks, width 256: does aligned feedback stay as near to backpropagation in a larger net?
+"""Rules on a decoder of four blocks, width 256: does aligned feedback stay as close to backpropagation in a larger net?
 
 Run `python -m apical_papers.transformers.larger --out results/transformers-language-4x256`. The study of
-:mod:`apical_papers.transformers.language` with fewer arms, steps and seeds, which is what two cores allow of a net of 3.2
-million weights, and one learning rate for all: that which was best for these arms in the smaller model, 0.01, times the
-ratio of the widths. In so few steps of a wider net weights grow less, and the angle between feedback and weights falls less,
-so that product feedback is mirrored four times as long. Marks were written before this was run, after a pilot of `kp-mirror`
-alone, whose angle fell from 9 to 8 degrees in 200 steps.
+:mod:`apical_papers.transformers.language` with fewer arms, steps and seeds, as two cores allow for a net of 3.2 million
+weights, and one learning rate for all: the best rate for these arms in the smaller model, 0.01, times the ratio of the
+widths. In few steps of a wider net, weights grow less, and the angle between feedback and weights decreases less, so product
+feedback is mirrored four times as long. Marks were written before this was run, after a pilot of `kp-mirror` only, whose
+angle fell from 9 to 8 degrees in 200 steps.
 """
 
 import sys
@@ -18,7 +18,7 @@ from apical.bench.program import about_study, run_command
 from apical_papers.transformers.language import Cells, Options, end_angle, loss_ratio, losses_of, study
 
 ALIGNED = {"kp-mirror": 1.02, "pfa-wide-mirror-160": 1.05}
-"""Arms whose feedback begins aligned: at most so many times the loss of bp."""
+"""Arms with initially aligned feedback, and the largest ratio of their loss to that of bp."""
 
 DEFAULT = Options(
     Path("results/transformers-language-4x256"),
@@ -38,7 +38,7 @@ ABOUT = about_study(
 
 
 def verdicts(cells: Cells, counts: Mapping[str, float]) -> list[Row]:
-    """Whether bp uses context, aligned feedback stays near it and is aligned, and fa stays behind."""
+    """Judge whether bp uses context, aligned feedback stays close to it and aligned, and fa is worse."""
     test = partial(losses_of, cells)
     behind = [a - b for a, b in zip(test("kp-mirror"), test("fa"), strict=False)]
     below = [loss - counts["bigram"] for loss in test("bp")]

@@ -1,4 +1,4 @@
-"""Transformers and sequences: what there is to run."""
+"""Tables of transformers and sequences."""
 
 from functools import partial
 

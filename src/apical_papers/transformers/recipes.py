@@ -1,9 +1,9 @@
-"""Small language models on the sources of Python's standard library, and nets with a memory on tasks that need one.
+"""Small language models on the sources of Python's standard library, and recurrent nets on tasks that need memory.
 
 Launay et al. (arXiv 2006.12878) trained a transformer of 6 layers and width 512 on WikiText-103; Filipovich et al. (arXiv
 2210.14593) say that direct feedback alignment never pays on causal decoders. Ours are small: two blocks, windows of 64
 characters, 400 steps, AdamW with decay on matrices only, a warm-up of 5 % and half a cosine to 10 %, gradients clipped at
-norm 1 over the network. So no number of theirs stands beside ours.
+norm 1 over the network. So their numbers are not comparable with ours.
 """
 
 from dataclasses import replace
@@ -34,13 +34,13 @@ LANGUAGE = Recipe(
     test_limit=512,
     probe=16,
 )
-"""400 steps in windows drawn anew; an epoch is 50 of them."""
+"""400 steps on randomly drawn windows; an epoch is 50 steps."""
 
 COPY = replace(LANGUAGE, data="copy", model="lstm-128", context=10, epochs=10, lr_cosine=10)
-"""500 steps on words of five symbols."""
+"""500 steps on sequences of five symbols."""
 
 TAUGHT = {"rule_options": ("units=block", "teacher=classes"), "lr": (1e-3,)}
-"""The shipped top-down network for any number of classes, at the rate that the study of language models found for it."""
+"""The shipped top-down network for any number of classes, at the rate found in the study of language models."""
 
 STUDIES: dict[str, Study] = {
     "text-python": Study(

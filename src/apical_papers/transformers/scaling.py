@@ -1,9 +1,9 @@
-"""Loss against width, rule by rule: how fast does a wider language model get better under each?
+"""Loss against width, rule by rule: how fast does a language model improve with width under each rule?
 
 Run `python -m apical_papers.transformers.scaling --out results/transformers-scaling`. At each width all rules take the same
-steps on the same windows, so they spend the same computation, and computation grows with the width alike for all. To each
-seed's losses a power law of the width is fitted, loss = a width^-b; the exponents have intervals over seeds. Few widths and
-short trainings: this ranks rules at this size, and says nothing of large ones.
+steps on the same windows, so they use the same computation, which grows with the width equally for all. A power law of the
+width, loss = a width^-b, is fitted to each seed's losses; the exponents have intervals over seeds. With few widths and short
+trainings, this ranks rules at this size and says nothing about large models.
 """
 
 import sys
@@ -37,19 +37,19 @@ class Options:
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("results/transformers-scaling")
     seeds: Annotated[int, arg(metavar="K")] = 3
-    """Weights and windows."""
+    """Number of seeds, for weights and windows."""
     steps: Annotated[int, arg(metavar="N")] = 200
-    """Of each training, a multiple of 4."""
+    """Steps of each training, a multiple of 4."""
     widths: Annotated[tuple[int, ...], arg(metavar="N ...")] = (32, 64, 128)
-    """Of the stream."""
+    """Widths of the stream."""
     rate: Annotated[float, arg(metavar="RATE")] = 1e-2
-    """Learning rate at width 64; it falls with the width, as 64 over it."""
+    """Learning rate at width 64; at other widths it is scaled by 64 / width."""
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Train what is not kept yet, then write results.json and report.html."""
+    """Run missing trainings, then write results.json and report.html."""
     if options.steps % 4 or len(options.widths) < 2:
-        raise ConfigError("--steps a multiple of 4, --widths at least two")
+        raise ConfigError("--steps must be a multiple of 4, and --widths needs at least two values")
     dataset = data()
     cells = {
         (name, width): [
@@ -82,7 +82,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
 
 
 def exponent(widths: Sequence[int], losses: Sequence[float]) -> float:
-    """b of the least-squares fit of log loss = log a - b log width.
+    """Return b of the least-squares fit of log loss = log a - b log width.
 
     >>> round(exponent([1, 10, 100], [4.0, 2.0, 1.0]), 4)
     0.301
@@ -91,7 +91,7 @@ def exponent(widths: Sequence[int], losses: Sequence[float]) -> float:
 
 
 def verdicts(exponents: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Whether a rule's exponent is below backpropagation's, for the rules that got one."""
+    """Judge whether a rule's exponent is below backpropagation's, for the rules that have one."""
     return [
         difference("scaling", name, "exponent minus that of bp", exponents[name], exponents["bp"], less=True)
         for name in ("fa", "dfa")

@@ -1,4 +1,4 @@
-"""What the studies train: arms (a rule with its options), each at a learning rate, width and seed; kept one by one."""
+"""Trainings of the studies: arms (a rule with its options), each at a learning rate, width and seed; saved one by one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from apical.errors import ApicalError
 from apical_papers.transformers.recipes import LANGUAGE
 
 HELD_OUT = 512
-"""Windows of training text by whose loss learning rates are chosen."""
+"""Number of training windows on which learning rates are chosen."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Arm:
     """A rule with its options, or a control.
 
     Attributes:
-        options: of its constructor, each "key=value".
-        decay: of the first quarter of the steps, where it is not that of the others.
-        head_only: all but the read-out stays as it was drawn.
+        options: options of its constructor, each "key=value".
+        decay: weight decay of the first quarter of the steps, if it differs from that of the others.
+        head_only: only the read-out is trained.
     """
 
     rule: str
@@ -47,8 +47,8 @@ class Setting:
     """One training.
 
     Attributes:
-        seed: of weights and windows.
-        width, blocks: of the model.
+        seed: seed of weights and windows.
+        width, blocks: size of the model.
     """
 
     arm: str
@@ -60,12 +60,12 @@ class Setting:
 
     @property
     def file(self) -> str:
-        """Where it is kept."""
+        """File in which it is saved."""
         return f"{self.arm.replace(' ', '-')}-w{self.width}-s{self.steps}-lr{self.lr:g}-seed{self.seed}.json"
 
 
 def recipe_of(arm: Arm, setting: Setting) -> Recipe:
-    """The recipe of a training: four epochs, so that decay can change after a quarter."""
+    """Return the recipe of a training: four epochs, so that decay can change after a quarter."""
     quarter = max(1, setting.steps // 4)
     schedule: dict[str, Any] = {}
     if arm.decay is not None:
@@ -87,17 +87,17 @@ def recipe_of(arm: Arm, setting: Setting) -> Recipe:
 
 
 def data() -> Dataset:
-    """Windows of text: to learn from, to choose rates by, and to be judged by."""
+    """Return windows of text for training, for choosing rates, and for testing."""
     return load_data(replace(LANGUAGE, validation=HELD_OUT))
 
 
 def kept_training(
     out: Path, arms: Mapping[str, Arm], dataset: Dataset, setting: Setting, *, retries: bool = True
 ) -> dict[str, Any]:
-    """What came of a training, from its file if it is there; says so when one is finished.
+    """Return the result of a training, from its file if it exists; print a line when one finishes.
 
     Args:
-        retries: also train what was refused, which a later version may take.
+        retries: also repeat refused trainings, which a later version may accept.
     """
     config = {
         "text": dataset.sha256,
@@ -116,9 +116,9 @@ def kept_training(
 
 
 def trained(arm: Arm, dataset: Dataset, setting: Setting) -> dict[str, Any]:
-    """Nats per token on held-out and on test windows, the training loss along the way, and angles of feedback to weights.
+    """Return nats per token on held-out and on test windows, the training loss curve, and angles of feedback to weights.
 
-    Where a rule refuses the model, or diverges, its sentence instead.
+    If a rule refuses the model, or diverges, return its message instead.
     """
     recipe = recipe_of(arm, setting)
     torch.manual_seed(setting.seed)
@@ -152,7 +152,7 @@ def trained(arm: Arm, dataset: Dataset, setting: Setting) -> dict[str, Any]:
 
 
 _EVERY = 20
-"""Steps over which a point of the curve is the mean."""
+"""Steps averaged for each point of the curve."""
 
 
 def _angles(rule: Any) -> dict[str, float]:

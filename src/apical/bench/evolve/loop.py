@@ -1,8 +1,8 @@
 """One evolution in its folder: config.json, environment.json, metrics.jsonl, checkpoint.pt, and the teachers at its end.
 
-`teacher.pt` is the average of the search distribution's centres, which fluctuates less than the last of them; `best.pt` is
-the fittest individual of the last generation, which is chosen by its luck as well as by its merit. A generation is either
-finished and kept or not begun: whatever interrupts an evolution, it continues with the same result.
+`teacher.pt` is the average of the search distribution's centres, which fluctuates less than the last centre; `best.pt` is
+the fittest individual of the last generation, which is selected partly by chance. A generation is either finished and saved
+or not started: an interrupted evolution continues with the same result.
 """
 
 import math
@@ -42,11 +42,11 @@ class EvolutionFolder:
         self.lock = FolderLock(path)
 
     def check(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> bool:
-        """Whether there is a checkpoint to continue from. Writes nothing.
+        """Return whether there is a checkpoint to continue from. Writes nothing.
 
         Raises:
-            ConfigError: the folder cannot be written, or holds something and neither flag is given.
-            CheckpointError: the evolution in it has other options, or is longer than asked.
+            ConfigError: the folder cannot be written, or is not empty and neither flag is given.
+            CheckpointError: the evolution in it has other options, or is longer than requested.
         """
         check_writable(self.path, self.config.name)
         if not (resume or overwrite):
@@ -64,17 +64,17 @@ class EvolutionFolder:
 
     @contextmanager
     def held(self, recipe: EvolutionRecipe, *, resume: bool, overwrite: bool) -> Iterator[bool]:
-        """Keep other processes out of the folder, then :meth:`check` it: a holder waited for has left files of its own.
+        """Lock the folder against other processes, then :meth:`check` it again: a previous holder may have left files.
 
         Raises:
-            ConfigError: another process evolves here; or as :meth:`check` does.
+            ConfigError: another process runs an evolution here; or as :meth:`check` does.
             CheckpointError: as :meth:`check` does.
         """
         with self.lock.held("evolving"):
             yield self.check(recipe, resume=resume, overwrite=overwrite)
 
     def create(self, recipe: EvolutionRecipe, command: str, environment: dict[str, Any]) -> None:
-        """Make the folder, remove an older evolution's files, write config.json and environment.json."""
+        """Create the folder, remove an older evolution's files, write config.json and environment.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         for old in (self.result, self.checkpoint, self.metrics, self.teacher, self.best):
             old.unlink(missing_ok=True)
@@ -82,7 +82,7 @@ class EvolutionFolder:
         write_state(self.environment, environment)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Finished generations; a torn last line is left out.
+        """Return the finished generations; an incomplete last line is left out.
 
         Raises:
             CheckpointError: a line is damaged.
@@ -95,10 +95,10 @@ _NUMBERS |= dict.fromkeys(("best", "mean", "sigma", "seconds"), float)
 
 
 def check_line(line: dict[str, Any]) -> None:
-    """Refuse what is not the line of a finished generation.
+    """Refuse a line that does not describe a finished generation.
 
     Raises:
-        ValueError: it lacks a measurement, or has one of another kind.
+        ValueError: it lacks a measurement, or has one of another type.
     """
     for name, kind in _NUMBERS.items():
         value = line.get(name, "")
@@ -110,13 +110,13 @@ class Evolution:
     """A search for top-down networks, generation by generation.
 
     Args:
-        task: what they are evolved for.
-        folder: where finished generations are kept; None keeps nothing.
+        task: the task for which they are evolved.
+        folder: where finished generations are saved; None saves nothing.
 
     Attributes:
-        average: of the centres, weighted by about the third power of their generation.
-        line: what the last of them measured: fitness of the centre, the best and the mean, individuals whose fitness was not
-            finite, mean standard deviation, seconds.
+        average: average of the centres, weighted by about the third power of their generation.
+        line: measurements of the last generation: fitness of the centre, the best and the mean, number of individuals whose
+            fitness was not finite, mean standard deviation, seconds.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Evolution:
         self.fittest = self.average = task.start
 
     def step(self) -> dict[str, Any]:
-        """One generation; returns its line. The centre is evaluated too, for people; the search does not use that."""
+        """Run one generation and return its line. The centre is evaluated only for reporting; the search does not use it."""
         start = time.perf_counter()
         population = self.search.ask(seed_of(self.seed, "population", self.generation))
         everyone = torch.cat([population, self.search.center[None]])
@@ -172,7 +172,7 @@ class Evolution:
                 raise ValueError("it has another number of weights")
             if not all(bool(vector.isfinite().all()) for vector in vectors):
                 raise ValueError("weights in it are not finite")
-            self.search.ask(0)  # what does not fit together shows here
+            self.search.ask(0)  # raises if the restored parts do not fit together
         except (CheckpointError, OSError):
             raise
         except Exception as error:  # the state is the strategy's own
@@ -200,7 +200,7 @@ class Evolution:
 
 
 def averaging(generation: int, power: int = 3) -> float:
-    """The weight of the newest of so many centres in their average (polynomial decay, Shamir & Zhang 2013).
+    """Return the weight of the newest centre in the average of this many (polynomial decay, Shamir & Zhang 2013).
 
     >>> averaging(1), averaging(97)
     (1.0, 0.04)
@@ -213,10 +213,10 @@ def _number(value: Tensor) -> float | None:
 
 
 def classification(recipe: EvolutionRecipe) -> Classification:
-    """The recipe's task, with its data loaded.
+    """Return the recipe's task, with its data loaded.
 
     Raises:
-        ApicalError: a name or size is not usable, the data are missing or damaged, or the teacher to begin with is unlike.
+        ApicalError: a name or size is invalid, the data are missing or damaged, or the initial teacher does not match.
     """
     sets = []
     for name in recipe.data:
@@ -231,7 +231,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
 
 
 def setting(recipe: EvolutionRecipe) -> Setting:
-    """What the recipe evolves."""
+    """Return the kind of top-down network that the recipe evolves."""
     lifetime = Lifetime(recipe.steps, recipe.lr, recipe.optimizer, recipe.clip, recipe.batch_size or None)
     names = {item.name for item in fields(Setting)} & {item.name for item in fields(recipe)}
     values: dict[str, Any] = {name: getattr(recipe, name) for name in names - {"model"}}
@@ -240,12 +240,12 @@ def setting(recipe: EvolutionRecipe) -> Setting:
 
 
 def strategy(recipe: EvolutionRecipe) -> Strategy:
-    """The recipe's evolution strategy."""
+    """Return the recipe's evolution strategy."""
     return Strategy(recipe.strategy, recipe.population, recipe.sigma, recipe.step, recipe.decay)
 
 
 def teacher(task: Classification, weights: Tensor) -> Network:
-    """The top-down network with flat weights (D,)."""
+    """Return the top-down network with flat weights (D,)."""
     network = task.network(0)
     other = task.population.other
     assert other is not None
@@ -263,13 +263,13 @@ def evolve(
     provenance: dict[str, Any],
     on_generation: Callable[[dict[str, Any]], bool] = lambda line: False,
 ) -> dict[str, Any] | None:
-    """Run an evolution to its end and write teacher.pt, best.pt and result.json; returns what result.json says.
+    """Run an evolution to its end and write teacher.pt, best.pt and result.json; return the content of result.json.
 
     Args:
-        on_generation: told the line of each finished generation; True stops there, and None is returned.
+        on_generation: called with the line of each finished generation; if it returns True, stop there and return None.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or beyond the generations asked for.
+        CheckpointError: the checkpoint is damaged, or has more generations than requested.
     """
     evolution = Evolution(task, strategy(recipe), workers, recipe.seed, folder)
     if resume:

@@ -1,4 +1,4 @@
-"""The matrices of an audit: a row per rule, a column per criterion, from what audit.json keeps."""
+"""The matrices of an audit: a row per rule, a column per criterion, drawn from audit.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from apical.bench.figures.curves import Drawing, render
 from apical.bench.figures.style import RC
 
 SIGNS = {"yes": "●", "partly": "◐", "no": "○", "not applicable": "-"}
-"""Verdicts in tables."""
+"""Signs of verdicts in tables."""
 
 _COLOURS = {"yes": "#0072B2", "partly": "#A6CBE3", "no": "#FFFFFF", "not applicable": "#EEEEEE"}
-_CELL, _NUMBER, _NAMES, _FONT = 0.2, 0.39, 1.05, 7.5  # inches, and points: a phone shows an inch as 100 pixels
+_CELL, _NUMBER, _NAMES, _FONT = 0.2, 0.39, 1.05, 7.5  # inches, and points: a phone shows 100 pixels per inch
 _TO_BP = "relative to bp"
 _UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": _TO_BP, "held": _TO_BP}
 
@@ -25,11 +25,11 @@ def draw(record: Mapping[str, Any]) -> tuple[Drawing, Drawing]:
     """:func:`matrix` and :func:`numbers` as PNG and SVG."""
     with matplotlib.rc_context(RC):
         signs = render("audit", "What rules need", "", matrix(record))
-        return signs, render("audit_numbers", "What rules bear and cost", "", numbers(record))
+        return signs, render("audit_numbers", "Robustness and cost of the rules", "", numbers(record))
 
 
 def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
-    """A measured number as a cell shows it: degrees, counts (M: millions), or times that of backpropagation, if it is there.
+    """Format a measured number for a cell: degrees, counts (M: millions), or relative to backpropagation if it was audited.
 
     >>> number_of("depth", {"numbers": {"depth": 6}}, None)
     '6'
@@ -44,7 +44,7 @@ def number_of(key: str, verdict: Mapping[str, Any], reference: Mapping[str, Any]
 
 
 def matrix(record: Mapping[str, Any]) -> Figure:
-    """Verdicts as filled, pale and empty squares; a thick frame where a paper claims otherwise."""
+    """Draw verdicts as filled, pale and empty squares, with a thick frame if a paper claims otherwise."""
     rows, criteria = record["rows"], _split(record)[0]
     figure, axes = _grid(rows, [c["title"] for c in criteria], _CELL)
     for y, row in enumerate(rows):
@@ -55,7 +55,7 @@ def matrix(record: Mapping[str, Any]) -> Figure:
 
 
 def numbers(record: Mapping[str, Any]) -> Figure:
-    """What was measured, one number for each rule and criterion."""
+    """Draw the measured numbers, one for each rule and criterion."""
     rows, criteria = record["rows"], _split(record)[1]
     reference = next((row for row in rows if row["rule"] == "bp"), None)
     units = {key: unit for key, unit in _UNITS.items() if reference is not None or unit != _TO_BP}
@@ -70,7 +70,7 @@ def numbers(record: Mapping[str, Any]) -> Figure:
 
 
 def _split(record: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The criteria with a verdict, and those with a number."""
+    """Return the criteria with a verdict, and those with a number."""
     rows, counted = record["rows"], []
     for criterion in record["criteria"]:
         if any(row["verdicts"][criterion["key"]]["verdict"] == "measured" for row in rows):
@@ -79,7 +79,7 @@ def _split(record: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _grid(rows: Sequence[Mapping[str, Any]], titles: Sequence[str], cell: float) -> tuple[Figure, Axes]:
-    """A row per rule and a column per title, of `cell` inches, no wider than a phone can show."""
+    """Draw a row per rule and a column per title, of `cell` inches, no wider than a phone's screen."""
     width = _NAMES + cell * max(len(titles), 1) + 0.85
     height = 1.75 + _CELL * len(rows) + 0.25
     figure = Figure(figsize=(width, height))

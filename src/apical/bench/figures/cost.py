@@ -1,4 +1,4 @@
-"""The score against what it took: seconds of training, and multiply-adds. Epochs flatter rules whose steps are dear."""
+"""The score against its cost: seconds of training, and multiply-adds. Epochs favour rules with expensive steps."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,7 +9,7 @@ from apical.bench.figures.style import plain_log, plain_log_steps
 from apical.bench.report.records import Array, Comparison, Run
 
 _FAR = 5.0
-"""Ratio of the largest to the smallest total cost, or loss, from which the axis is logarithmic."""
+"""Ratio of the largest to the smallest total cost, or loss, above which the axis is logarithmic."""
 
 
 def seconds(comparison: Comparison) -> Figure | None:
@@ -50,7 +50,7 @@ def _line(costs: Array, scores: Array) -> Line:
 
 
 def _points(runs: list[Run], cost: str, key: str) -> tuple[Array, Array] | None:
-    """Costs and scores (runs, epochs) after each epoch that all of these runs have finished; None if there are none."""
+    """Return costs and scores (runs, epochs) after each epoch that all of these runs finished; None if there is none."""
     measured = []
     for run in runs:
         spent, values = run.curve(cost), run.curve(key)

@@ -1,4 +1,4 @@
-"""Figures of a comparison, one journal column (3.5 inches) wide, made without any global plotting state."""
+"""Figures of a comparison, one journal column (3.5 inches) wide, drawn without global plotting state."""
 
 import io
 import math
@@ -27,7 +27,7 @@ from apical.bench.figures.style import RC, label, plain_log_steps, styles
 from apical.bench.report.records import Array, Comparison, Run
 
 MANY = 8
-"""Rows of a dot plot from which on one far below the others is left out."""
+"""Number of rows from which a dot plot leaves out a row far below the others."""
 
 _NAMED_LAYERS = 6
 _DPI = 200
@@ -43,7 +43,7 @@ class Drawing(NamedTuple):
     svg: bytes
 
     def write(self, folder: Path) -> None:
-        """Keep it as `stem`.png and .svg."""
+        """Save it as `stem`.png and .svg."""
         write_atomically(folder / f"{self.stem}.png", self.png)
         write_atomically(folder / f"{self.stem}.svg", self.svg)
 
@@ -85,17 +85,17 @@ _LAYER_FIGURES = (
     ),
     _LayerFigure(
         "pair_cka",
-        "Likeness of the populations that are paired",
+        "Similarity of the paired populations",
         "CKA of forward and feedback activity",
         1.0,
         "Linear centred kernel alignment of each layer's activity with that of the feedback network at the same depth, on a "
-        "fixed probe batch. At 1 (dotted) both tell the samples apart alike.",
+        "fixed probe batch. At 1 (dotted) both represent the samples equally.",
     ),
 )
 
 
 def draw(comparison: Comparison) -> list[Drawing]:
-    """Every figure the comparison has data for, in reading order."""
+    """Return every figure for which the comparison has data, in reading order."""
     several = len({run.seed for run in comparison.runs}) > 1
     score = comparison.score
     stem = score.key if score.is_loss else "accuracy"
@@ -128,8 +128,8 @@ _CONDITION_FIGURES = (
         "minimum_norm_alignment",
         "Alignment of the update with the minimum-norm one",
         "angle to minimum norm (°)",
-        "Angle between the weight change a rule asks for and the smallest change that moves every output as wished (damping "
-        "1), on a fixed probe batch.",
+        "Angle between the weight change that a rule requests and the smallest change that moves every output as desired "
+        "(damping 1), on a fixed probe batch.",
     ),
     (
         "condition_two",
@@ -149,18 +149,16 @@ _OVERVIEW = (
     "Above: the score. Below: the angle between a rule's weight gradient and backpropagation's at the same weights, in the "
     "first layer that has one, on a fixed probe batch; 90° (dotted) is chance."
 )
-_SECONDS = "After each epoch, against the seconds of training up to there, with whatever else the machine was doing."
+_SECONDS = "After each epoch, against the wall-clock seconds of training so far; other load on the machine is included."
 _COMPUTE = (
-    "After each epoch, against the multiply-adds of all training steps up to there, forward and backward, counted in one; "
-    "what a rule computes in a closed form counts as that form."
+    "After each epoch, against the multiply-adds of all training steps so far, forward and backward, counted on one step; "
+    "a rule computed in closed form is counted in that form."
 )
 _DEPTHS = (
-    "Accuracy on the test images of the class read out at each layer, after the last epoch; the last layer is the model's "
-    "own output. Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds."
+    "Test accuracy of the class read out at each layer, after the last epoch; the last layer is the model's output. "
+    "Line: mean over seeds. Band: ± one standard deviation where there are at least three seeds."
 )
-_IMAGES = (
-    "The first test images, and below them what the model of each rule makes of them after the last epoch (first seed)."
-)
+_IMAGES = "The first test images, and below them the reconstructions by each rule's model after the last epoch (first seed)."
 _FINAL = "Open symbols: one seed each. Filled symbol and bar: mean ± standard deviation over seeds. Only runs that finished."
 
 
@@ -169,13 +167,13 @@ def render(stem: str, title: str, caption: str, figure: Figure) -> Drawing: ...
 @overload
 def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None: ...
 def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawing | None:
-    """The figure as PNG and SVG; None for none."""
+    """Render the figure as PNG and SVG; None stays None."""
     if figure is None:
         return None
     png, svg = io.BytesIO(), io.BytesIO()
     figure.set_dpi(_DPI)
     canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()  # lays it out first, which takes longer than to draw it; the SVG shows that layout
+    canvas.draw()  # computes the layout, which takes longer than drawing; the SVG uses the same layout
     imsave(png, canvas.buffer_rgba(), format="png", dpi=_DPI)
     figure.set_layout_engine("none")
     figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -183,7 +181,7 @@ def render(stem: str, title: str, caption: str, figure: Figure | None) -> Drawin
 
 
 def _score_curves(comparison: Comparison) -> Figure | None:
-    """The score over epochs; chance level before training would flatten an accuracy, so it is left out where it can."""
+    """Draw the score over epochs; without epoch 0 for accuracies, if possible, as chance level would flatten the curves."""
     score = comparison.score
     if score.is_loss:
         return _loss_curves(comparison, score.key, score.label)
@@ -201,7 +199,7 @@ def _loss_curves(comparison: Comparison, key: str, label: str) -> Figure | None:
 
 
 def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, first: int = 0) -> Figure | None:
-    """One line per rule over the epochs from `first` on, with its spread; legend below."""
+    """Draw one line per rule over the epochs from `first` on, with its spread; legend below."""
     lines: dict[str, Line] = {}
     for rule in comparison.rules:
         runs = comparison.of(rule)
@@ -219,7 +217,7 @@ def _curves(comparison: Comparison, key: str, label: str, scale: float = 1.0, fi
 
 
 def _final_score(comparison: Comparison) -> Figure | None:
-    """Dot plot, one row per rule: each seed, mean and standard deviation."""
+    """Draw a dot plot, one row per rule: each seed, mean and standard deviation."""
     scores = {rule: _final_scores(comparison, rule) for rule in comparison.rules}
     scores = {rule: values for rule, values in scores.items() if values.size}
     if not scores:
@@ -247,7 +245,7 @@ def _final_score(comparison: Comparison) -> Figure | None:
 
 
 def _leave_out_far_below(axes: Axes, means: Array) -> None:
-    """Of rows far below most others only the number, at the edge: the rest could not be told apart."""
+    """Show rows far below most others only as a number at the edge: otherwise the rest would be indistinguishable."""
     low, high = np.quantile(means, [0.25, 0.75])
     edge = low - 4 * max(high - low, 1.0)
     if len(means) < MANY or means.min() >= edge:
@@ -260,7 +258,7 @@ def _leave_out_far_below(axes: Axes, means: Array) -> None:
 
 
 def _layers(comparison: Comparison, spec: _LayerFigure) -> Figure | None:
-    """Small multiples: one panel per rule that has the measure, one line per layer."""
+    """Draw small multiples: one panel per rule that has the measure, one line per layer."""
     rules = _rules_with_layers(comparison, spec)
     if not rules:
         return None
@@ -295,11 +293,11 @@ def _layer_panel(
 ) -> None:
     panel.axhline(spec.reference, color="#555555", linewidth=0.8, linestyle=(0, (1, 1.5)), zorder=1)
     means = []
-    widths = np.linspace(1.9, 1.0, len(layers)) if named else np.full(len(layers), 0.7)  # thinner on top: none is hidden
+    widths = np.linspace(1.9, 1.0, len(layers)) if named else np.full(len(layers), 0.7)  # thinner on top, so none is hidden
     for layer, colour, width in zip(layers, colours, widths, strict=True):
         epochs, mean, deviation, count = spread(runs, spec.key, layer)
         means.append(dict(zip(epochs, mean, strict=True)))
-        alone = "." if np.isfinite(mean).sum() == 1 else None  # a training that was stopped before its first epoch was over
+        alone = "." if np.isfinite(mean).sum() == 1 else None  # a training that was stopped in its first epoch
         panel.plot(epochs, mean, color=tuple(colour), linewidth=width, zorder=2, marker=alone)
         if named and count >= 3:
             panel.fill_between(epochs, mean - deviation, mean + deviation, color=tuple(colour), alpha=0.18, linewidth=0)
@@ -324,7 +322,7 @@ def _layer_scale(panel: Axes, comparison: Comparison, spec: _LayerFigure) -> Non
 
 
 def _layer_legend(figure: Figure, spare: Axes | None, layers: Sequence[str], colours: Array) -> None:
-    """Names of the layers, in the spare cell of the grid if there is one, else below."""
+    """Draw the names of the layers, in a free cell of the grid if there is one, else below."""
     handles = [Line2D([], [], color=tuple(colour), linewidth=1.6) for colour in colours]
     names = [layer if len(layer) <= 20 else f"{layer[:6]}…{layer[-13:]}" for layer in layers]
     if spare is not None:
@@ -354,7 +352,7 @@ def _layer_caption(spec: _LayerFigure, comparison: Comparison) -> str:
 
 
 def _rules_with_layers(comparison: Comparison, spec: _LayerFigure) -> list[str]:
-    """Rules with the measure in some layer; backpropagation agrees with itself and gets no panel."""
+    """Return the rules with the measure in some layer, without backpropagation, which agrees with itself."""
     return [
         rule
         for rule in comparison.rules

@@ -1,4 +1,4 @@
-"""Figures of what networks hold inside: accuracy of the read-out at each depth, and images that autoencoders make."""
+"""Figures of hidden representations: accuracy of the read-out at each depth, and reconstructions by autoencoders."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ _IMAGES = 8
 
 
 def depth_accuracy(comparison: Comparison) -> Figure | None:
-    """Accuracy against depth after the last epoch, one line per rule that has read-outs: mean and spread over seeds."""
+    """Draw accuracy against depth after the last epoch, one line per rule with read-outs: mean and spread over seeds."""
     depths = {rule: [_depths(run) for run in comparison.of(rule)] for rule in comparison.rules}
     depths = {rule: [row for row in rows if row] for rule, rows in depths.items()}
     depths = {rule: rows for rule, rows in depths.items() if rows}
@@ -38,7 +38,7 @@ def _depths(run: Run) -> dict[str, float]:
 
 
 def reconstructions(comparison: Comparison) -> Figure | None:
-    """A row of test images, and below it a row of what each autoencoder makes of them, of its first seed."""
+    """Draw a row of test images, and below it a row of reconstructions by each rule's autoencoder, for the first seed."""
     rows: list[tuple[str, Array]] = []
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if run.examples is not None), None)
@@ -65,6 +65,6 @@ def reconstructions(comparison: Comparison) -> Figure | None:
 
 
 def _pixels(image: Array, low: float, high: float) -> Array:
-    """(channels, height, width) as matplotlib shows it, `low` to `high` as black to white."""
+    """Convert (channels, height, width) to matplotlib's layout, with `low` to `high` as black to white."""
     scaled: Array = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
     return scaled[0] if len(scaled) == 1 else np.moveaxis(scaled, 0, -1)

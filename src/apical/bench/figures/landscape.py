@@ -1,4 +1,4 @@
-"""The figure of a loss surface with the trajectories of several rules on it, from what landscape.json keeps."""
+"""The figure of a loss surface with the trajectories of several rules on it, drawn from landscape.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +19,10 @@ from apical.bench.report.records import Array
 _WIDTH = 3.5
 _LEVELS = 14
 _WIDE = 5.0
-"""Largest over smallest loss from which levels are spaced by their logarithm."""
+"""Ratio of largest to smallest loss above which levels are spaced logarithmically."""
 
 _SHADES = LinearSegmentedColormap.from_list("depth", ("#fbfcfd", "#dde5ec", "#b9c6d2", "#8d9cab"))
-"""Light where the loss is low, for there the lines end; nowhere so dark that a black line is lost."""
+"""Light where the loss is low, because the lines end there; nowhere so dark that a black line disappears."""
 
 _NAMES = {"cross_entropy": "cross-entropy", "mse": "mean squared error"}
 
@@ -34,7 +34,7 @@ def draw(record: Mapping[str, Any]) -> Drawing:
 
 
 def landscape(record: Mapping[str, Any]) -> Figure:
-    """Contours of the loss and the projections of all trajectories: a circle at the start, the rule's marker at the end."""
+    """Draw contours of the loss and all projected trajectories: a circle at the start, the rule's marker at the end."""
     runs = record["runs"]
     labels = list(dict.fromkeys(run["label"] for run in runs))
     look = styles(labels)
@@ -69,7 +69,7 @@ def _contours(figure: Figure, axes: Axes, record: Mapping[str, Any]) -> None:
     low, high = float(values.min()), float(values.max())
     wide = low > 0 and high > _WIDE * low
     if not high > low:
-        low, high = low - 0.5, low + 0.5  # a flat surface still needs levels
+        low, high = low - 0.5, low + 0.5  # a flat surface needs levels too
     levels = np.geomspace(low, high, _LEVELS) if wide else np.linspace(low, high, _LEVELS)
     levels[[0, -1]] = low, high
     scale: Normalize = LogNorm(low, high) if wide else Normalize(low, high)
@@ -88,7 +88,7 @@ def _contours(figure: Figure, axes: Axes, record: Mapping[str, Any]) -> None:
 def _path(axes: Axes, place: Array, look: Style) -> None:
     casing = [Stroke(linewidth=2.4, foreground="white", alpha=0.9), Normal()]
     axes.plot(*place.T, color=look.colour, linestyle=look.line, linewidth=1.2, zorder=3, path_effects=casing)
-    if len(place) <= 60:  # where more would cover the line
+    if len(place) <= 60:  # more markers would cover the line
         axes.plot(*place[1:-1].T, ".", color=look.colour, markersize=2.2, zorder=3.5)
     axes.add_line(_copy(_START, place[0], 4))
     axes.add_line(_copy(_end(look), place[-1], 5))

@@ -12,7 +12,7 @@ from apical.bench.figures.style import label, styles
 from apical.bench.report.records import Array, Run
 
 WIDTH = 3.5
-"""Inches of a journal's column."""
+"""Width of a journal column in inches."""
 
 
 class Line(NamedTuple):
@@ -26,10 +26,10 @@ class Line(NamedTuple):
 
 
 def rule_lines(lines: Mapping[str, Line], rules: Sequence[str]) -> tuple[Figure, Axes]:
-    """A line per rule, with a band from three seeds on and thin lines for two; legend below.
+    """Draw a line per rule, with a band for three or more seeds and thin lines for two; legend below.
 
     Args:
-        rules: all of the comparison, which decide how each looks.
+        rules: all rules of the comparison, which determine the styles.
     """
     longest = max(len(label(rule)) for rule in lines)
     columns = min(len(lines), 5, int(WIDTH / (0.44 + 0.044 * longest)))  # inches: handle, and letters
@@ -48,19 +48,19 @@ def rule_lines(lines: Mapping[str, Line], rules: Sequence[str]) -> tuple[Figure,
 
 
 def band(axes: Axes, x: Array, mean: Array, deviation: Array, count: int, colour: str) -> None:
-    """Plus and minus one standard deviation, from three seeds on."""
+    """Draw plus and minus one standard deviation, for three or more seeds."""
     if count >= 3:
         axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """The names of the axes' lines below a figure."""
+    """Draw the legend of the axes' lines below a figure."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5)
 
 
 def spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int = 0) -> tuple[Array, Array, Array, int]:
-    """Epochs from `first` on, mean and standard deviation (NaN for one run) over the runs, and the number of runs."""
+    """Return epochs from `first` on, mean and standard deviation (NaN for one run) over the runs, and their number."""
     curves = [(run.epochs, run.curve(key, layer)) for run in runs]
     curves = [(epochs, values) for epochs, values in curves if has_values(values)]
     axis = sorted({epoch for epochs, _ in curves for epoch in epochs})
@@ -76,12 +76,12 @@ def spread(runs: Sequence[Run], key: str, layer: str | None = None, first: int =
 
 
 def column_mean(table: Array) -> Array:
-    """Mean of each column over its finite entries; NaN where there is none."""
+    """Return the mean of each column over its finite entries; NaN where there is none."""
     count = np.isfinite(table).sum(axis=0)
     mean: Array = np.nansum(table, axis=0) / np.where(count > 0, count, np.nan)
     return mean
 
 
 def has_values(values: Array) -> bool:
-    """Whether any is finite."""
+    """Return whether any is finite."""
     return bool(np.isfinite(values).any())

@@ -1,4 +1,4 @@
-"""The figure of a front page: the score of every rule, and the angle of its first layer's update to backpropagation's."""
+"""The figure of the front page: the score of every rule, and the angle of its first layer's update to backpropagation's."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _ANGLE = "gradient_alignment"
 
 
 def overview(comparison: Comparison) -> Figure | None:
-    """Two panels over epochs; None where no rule but backpropagation has an angle."""
+    """Draw two panels over epochs; None if no rule except backpropagation has an angle."""
     layers = {rule: layer for rule in comparison.rules if (layer := _first_layer(comparison.of(rule)))}
     if not set(layers) - {"bp"}:
         return None
@@ -38,12 +38,12 @@ def overview(comparison: Comparison) -> Figure | None:
 
 
 def _first_layer(runs: Sequence[Run]) -> str | None:
-    """The layer nearest to the input that has an angle."""
+    """Return the layer nearest to the input that has an angle."""
     return next((layer for run in runs for layer in run.layers if has_values(run.curve(_ANGLE, layer))), None)
 
 
 def _looks(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, line and markers of each rule; markers of different rules are apart, so that lines upon one another show."""
+    """Return colour, line and markers of each rule; markers of different rules are offset, so overlapping lines show."""
     edge = {"markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3}
     return {
         rule: {"label": label(rule), "color": style.colour, "marker": style.marker, "linestyle": style.line, **edge}
@@ -55,7 +55,7 @@ def _looks(rules: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _draw_line(
     axes: Axes, runs: Sequence[Run], look: Mapping[str, Any], key: str, layer: str | None = None, scale: float = 1.0
 ) -> None:
-    """Mean over seeds after each epoch, with a band of one standard deviation from three seeds on."""
+    """Draw the mean over seeds after each epoch, with a band of one standard deviation for three or more seeds."""
     epochs, mean, deviation, count = spread(runs, key, layer, first=1)
     axes.plot(epochs, scale * mean, **{**look, **({"markevery": None} if len(epochs) == 1 else {})})
     band(axes, epochs, scale * mean, scale * deviation, count, look["color"])

@@ -1,4 +1,4 @@
-"""Figures that a rule or a model has of the trained network itself: rasters, bars, histograms."""
+"""Figures of the trained network that a rule or a model provides: rasters, bars, histograms."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _BINS = 30
 
 
 def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
-    """Stem, title, caption and figure of every panel, of the first seed of each rule that kept any."""
+    """Yield stem, title, caption and figure of every panel, from the first seed of each rule that saved any."""
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if run.panels), None)
         for number, panel in enumerate(run.panels if run is not None else ()):
@@ -24,7 +24,7 @@ def panels(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
 
 
 def matrices(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
-    """The same of the matrices that a model has, such as the edges of a graph, over training."""
+    """Yield the same for the matrices that a model has, such as the edges of a graph, over training."""
     for rule in comparison.rules:
         run = next((run for run in comparison.of(rule) if any("matrices" in record for record in run.records)), None)
         epochs = {record["epoch"]: record["matrices"] for record in run.records if "matrices" in record} if run else {}
@@ -34,15 +34,15 @@ def matrices(comparison: Comparison) -> Iterator[tuple[str, str, str, Figure]]:
 
 
 def _matrix(rows: Mapping[str, Mapping[str, float | None]]) -> Array:
-    """From numbers by row and column."""
+    """Return a matrix from numbers by row and column."""
     return np.array([list(row.values()) for row in rows.values()], dtype=np.float64)
 
 
-_MATRICES = "Of the first seed, before, halfway through and after training; white is zero."
+_MATRICES = "First seed, before, halfway through and after training; white is zero."
 
 
 def heat(values: Mapping[str, Array]) -> Figure:
-    """Matrices side by side in colours of one scale that is white at zero; rows downwards."""
+    """Draw matrices side by side with one colour scale that is white at zero; rows downwards."""
     figure = Figure(figsize=(WIDTH, 1.8))
     grid = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
     largest = max((float(np.nanmax(np.abs(value), initial=0.0)) for value in values.values()), default=0.0) or 1.0
@@ -56,11 +56,11 @@ def heat(values: Mapping[str, Array]) -> Figure:
     return figure
 
 
-_CAPTION = "The network after the last epoch (first seed), on the training samples of the probe."
+_CAPTION = "The network after the last epoch (first seed), on the probe's training samples."
 
 
 def raster(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
-    """Dots where neurons (upwards) fire, over steps; one panel for each population."""
+    """Draw a dot for each spike of each neuron (upwards) over steps; one panel for each population."""
     figure = Figure(figsize=(WIDTH, 0.8 * len(values) + 0.5))
     grid = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, spikes) in zip(grid, values.items(), strict=True):
@@ -75,7 +75,7 @@ def raster(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
 
 
 def bars(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
-    """Bars side by side at each category."""
+    """Draw grouped bars at each category."""
     figure = Figure(figsize=(WIDTH, 2.4))
     axes, places = figure.add_subplot(), np.arange(len(panel["categories"]))
     width = 0.8 / max(1, len(values))
@@ -88,7 +88,7 @@ def bars(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
 
 
 def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
-    """Distributions of finite values, without a long tail; the legend says what share is not finite, or in the tail."""
+    """Draw distributions of finite values, without a long tail; the legend gives the share not finite or in the tail."""
     figure = Figure(figsize=(WIDTH, 2.4))
     axes = figure.add_subplot()
     every = np.concatenate([value[np.isfinite(value)] for value in values.values()] or [np.zeros(1)])
@@ -105,7 +105,7 @@ def histogram(panel: Mapping[str, Any], values: Mapping[str, Array]) -> Figure:
 
 
 def _end(values: Array) -> float:
-    """The largest, or what 95 % lie below where it is ten times as large, as late spikes are."""
+    """Return the largest value, or the 95th percentile if the largest is ten times that, as with late spikes."""
     largest, most = values.max(initial=1e-9), float(np.quantile(values, 0.95)) if values.size else 0.0
     return most if largest > 10 * most > 0 else float(largest)
 

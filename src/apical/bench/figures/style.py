@@ -1,9 +1,9 @@
-"""How a rule is named and drawn, the same in every figure and table.
+"""Names and styles of rules, the same in every figure and table.
 
 Colours are those of Okabe and Ito for the rules most often compared, and of Paul Tol's sets for most of the rest. Those of
-backpropagation, direct feedback alignment and the feedback-control rules, which appear in one plot, are told apart with the
-common forms of colour blindness. With so many rules, marker and line style carry the distinction everywhere else, and in
-print in grey. Of feedback control, fixed feedback is a lighter tint of the learned variant, dashed, with the same marker.
+backpropagation, direct feedback alignment and the feedback-control rules, which appear in one plot, are distinguishable with
+the common forms of colour blindness. There are many rules, so marker and line style distinguish them everywhere else and in
+greyscale print. For feedback control, fixed feedback is a lighter tint of the learned variant, dashed, with the same marker.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ RC: Any = {
     "svg.hashsalt": "apical",
     "svg.fonttype": "path",
 }
-"""Settings of every figure; the fixed salt makes equal data give equal SVG files, and a `$` in a name stays one."""
+"""Settings of every figure; with the fixed salt, equal data give equal SVG files, and a `$` in a name is kept."""
 
 
 class Style(NamedTuple):
@@ -113,7 +113,7 @@ RULES: dict[str, Style] = {
     "tdca-unevolved": Style("TDCA, unevolved", "#6C8EAD", "*", _DOT),
 }
 AROUND = {"grapes": "GRAPES", "matched": "GRAPES' control of equal mean step", "cwu": "Consequentialism updates"}
-"""Rules around a rule, whose name stands before the other's and a dash."""
+"""Rules that wrap another rule; their name comes before the other's, with a dash."""
 
 _FURTHER = (
     ("#7F7F7F", "8", "-"),
@@ -125,27 +125,27 @@ _FURTHER = (
 
 
 def plain_log(axis: Any) -> None:
-    """Label the powers of ten of a logarithmic axis as plain numbers, because `$` is no sign of mathematics here."""
+    """Label the powers of ten of a logarithmic axis as plain numbers, because `$` does not start mathematics here."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
 
 
 def plain_log_steps(axes: Axes) -> None:
-    """Label 1, 2 and 5 of each power of ten upwards too, where there are few powers."""
+    """Also label 1, 2 and 5 of each power of ten if there are few powers."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     plain_log(axes.yaxis)
 
 
 def styles(rules: Sequence[str]) -> dict[str, Style]:
-    """Style of each rule; rules this table does not know yet get the further styles in their order."""
+    """Return the style of each rule; rules missing from this table get the spare styles in order."""
     unknown = [rule for rule in rules if rule not in RULES]
     further = {rule: Style(_title(rule), *_FURTHER[i % len(_FURTHER)]) for i, rule in enumerate(unknown)}
     return {rule: RULES.get(rule) or further[rule] for rule in rules}
 
 
 def _title(rule: str) -> str:
-    """Full name of a rule around one of the table, "grapes-fa"; of any other rule, its short name."""
+    """Return the full name of a rule around one in the table, such as "grapes-fa"; for any other rule, its short name."""
     outer, dash, inner = rule.partition("-")
     if not dash or outer not in AROUND:
         return rule
@@ -153,7 +153,7 @@ def _title(rule: str) -> str:
 
 
 def label(rule: str, room: int = 32) -> str:
-    """A rule's name as a figure has room for it.
+    """Shorten a rule's name to the room in a figure.
 
     >>> label("pfa"), label("FeedbackAlignmentWithSynapsesOfManyKinds")
     ('pfa', 'FeedbackAlignmentWit...ManyKinds')

@@ -1,4 +1,4 @@
-"""Trials of a sweep in parallel coordinates: an axis per setting, one for the score, a line per trial."""
+"""Trials of a sweep in parallel coordinates: one axis per setting, one for the score, one line per trial."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ _WIDTH = 3.5
 _PANEL = 1.75
 
 _CAPTION = (
-    "A line per trial, through its settings to its score on validation images (right, and the colour). Thick: the best of "
-    "its rule. Dotted, to the bottom: trials that diverged."
+    "One line per trial, through its settings to its score on validation images (right axis, and colour). Thick: the best "
+    "trial of each rule. Dotted, to the bottom: trials that diverged."
 )
 
 _COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, 256)))
-"""Without the lightest yellow, which is lost on white."""
+"""Without the lightest yellow, which is invisible on white."""
 
 _HALO = [Stroke(linewidth=2, foreground="white"), Normal()]
 
@@ -94,7 +94,7 @@ def _panel(panel: Axes, rule: str, record: Mapping[str, Any], norm: Normalize) -
 
 
 def _place(axis: Mapping[str, Any], value: Any) -> float:
-    """Height between 0 and 1 at which a value crosses its axis."""
+    """Return the height between 0 and 1 at which a value crosses its axis."""
     if axis["range"] is None:
         order = _ordered(axis["values"])
         return 0.5 if len(order) == 1 else order.index(value) / (len(order) - 1)

@@ -1,1 +1,1 @@
-"""Reports: what a folder holds, as tables, figures and HTML."""
+"""Reports: the content of a folder as tables, figures and HTML."""

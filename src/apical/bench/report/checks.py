@@ -1,4 +1,4 @@
-"""Kinds of what a report reads: each check raises TypeError or KeyError, which names what is odd."""
+"""Type checks of a report's input: each check raises TypeError or KeyError, which names the faulty value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ _COUNTS = {"seed", "epochs", "parameters", "n_train", "n_test", "steps_per_epoch
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Of a run's config.json; what is only shown may be of any kind."""
+    """Check a run's config.json; values that are only shown may have any type."""
     if type(config.get("seed", 0)) is not int:
         raise TypeError(f"seed is {config['seed']!r}")
     _check_command(config)
 
 
 def check_result(result: Mapping[str, Any]) -> None:
-    """Of a run's result.json."""
+    """Check a run's result.json."""
     for name, value in result.items():
         kinds = str if name in _TEXTS else int if name in _COUNTS else int | float
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):

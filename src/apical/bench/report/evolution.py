@@ -18,7 +18,7 @@ _WIDTH = 3.5
 
 
 def fitness_curves(lines: Sequence[dict[str, Any]]) -> Figure:
-    """Negative log-likelihood after a lifetime (fitness with its sign turned) of centre, best and mean over generations."""
+    """Draw the negative log-likelihood after a lifetime (negated fitness) of centre, best and mean over generations."""
     figure = Figure(figsize=(_WIDTH, 2.6))
     axes = figure.add_subplot()
     generations = [line["generation"] for line in lines]
@@ -43,14 +43,14 @@ def write(folder: EvolutionFolder) -> Path:
     """Write figures and report.html into the folder, and return the page's path.
 
     Raises:
-        ConfigError: no generation has been finished yet.
+        ConfigError: no generation is finished yet.
     """
     lines, config, around = folder.lines(), read_json(folder.config), read_json(folder.environment)
     if not lines:
         raise ConfigError(f"{folder.path} has no finished generation yet, so there is nothing to report")
     caption = (
         "Loss of learners after a lifetime under the top-down network at the centre of the search distribution, under the "
-        "fittest of the population, and on average. Each generation has tasks of its own, so the curves are noisy."
+        "fittest of the population, and on average. Each generation has different tasks, so the curves are noisy."
     )
     with matplotlib.rc_context(RC):
         drawing = render("fitness", "Fitness over generations", caption, fitness_curves(lines))

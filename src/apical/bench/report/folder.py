@@ -1,7 +1,7 @@
 """The report of a compare folder or a run folder: figures and one self-contained HTML page.
 
-Everything in it is computed from the files of the runs, so a report can be made again at any time, also while runs are
-still going on. Runs without a final result are named and left out of the means.
+Everything in it is computed from the files of the runs, so a report can be remade at any time, even while runs are still
+training. Runs without a final result are named and left out of the means.
 """
 
 import json
@@ -34,13 +34,13 @@ _WHERE_SET = ("init", "measure", "beta2", "eps", "clip", "clip_over", "data_sha2
 
 @dataclass(frozen=True)
 class RuleSummary:
-    """What the runs of one rule came to.
+    """Results of one rule's runs.
 
     Attributes:
         colour: its colour in the figures.
         planned: number of seeds, finished or not.
-        runs: those that finished.
-        ratio: of each that has it, time per step relative to backpropagation.
+        runs: the finished runs.
+        ratio: time per step relative to backpropagation, of each run that has it.
     """
 
     rule: str
@@ -51,7 +51,7 @@ class RuleSummary:
     ratio: tuple[float, ...]
 
     def values(self, key: str) -> tuple[float, ...]:
-        """What result.json says of each finished seed that has the measurement."""
+        """Return the measurement from result.json of each finished seed that has it."""
         return _numbers(run.final(key) for run in self.runs)
 
     def scores(self, score: Score) -> tuple[float, ...]:
@@ -62,13 +62,13 @@ class RuleSummary:
 def write(out: Path) -> Path:
     """Read the runs in `out`; write `out`/figures/*.png and *.svg and `out`/report.html, whose path is returned.
 
-    Where compare.json has published numbers, verdicts.json holds them beside the measured ones.
+    If compare.json has published numbers, verdicts.json contains them together with the measured ones.
 
     Args:
         out: a compare folder (with runs/<rule>/seed-<k>/ in it) or one run folder.
 
     Raises:
-        CheckpointError: `out` is no such folder, a file in it is damaged (nothing is written then), or it cannot be
+        CheckpointError: `out` is not such a folder, a file in it is damaged (then nothing is written), or it cannot be
             written to.
     """
     out = Path(out)
@@ -90,7 +90,7 @@ def write(out: Path) -> Path:
 {sample.section(out, comparison.rules)}{placement_section.section(out, comparison.rules)}
 <h2>Every run</h2>
 {report_html.runs_table(comparison.runs, comparison.score)}
-<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG, in the folder figures.</p>"""
+<p class="note">The figures are also next to this page, as PNG (200 dpi) and SVG, in the folder figures.</p>"""
     try:
         (out / "figures").mkdir(exist_ok=True)
         for drawing in drawings:
@@ -108,7 +108,7 @@ def write(out: Path) -> Path:
 
 
 def summarise(comparison: Comparison) -> list[RuleSummary]:
-    """One summary per rule, in the comparison's order."""
+    """Return one summary per rule, in the comparison's order."""
     style = styles(comparison.rules)
     bp_time = {run.seed: run.final("ms_per_step") for run in comparison.of("bp") if run.finished}
     typical = [value for value in bp_time.values() if math.isfinite(value)]
@@ -128,7 +128,7 @@ def summarise(comparison: Comparison) -> list[RuleSummary]:
 
 
 def describe(comparison: Comparison) -> str:
-    """A paragraph in plain words: what was run, which rule came how close to backpropagation, at what cost."""
+    """Return a paragraph of text: what was run, how close each rule came to backpropagation, and at what cost."""
     score = comparison.score
     rows = {row.rule: row for row in summarise(comparison) if row.scores(score)}
     return " ".join(
@@ -154,7 +154,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def _shown(name: Any) -> str:
-    """Of a file of one's own the name alone; the settings have the whole path."""
+    """Return only the file's name for a user's own file; the settings have the full path."""
     return Path(str(name)).name
 
 
@@ -224,9 +224,9 @@ def _time_sentence(rows: Mapping[str, RuleSummary]) -> str:
         return ""
     (low, quickest), (high, slowest) = min(ratios), max(ratios)
     if len(ratios) == 1:
-        return f"A training step of {quickest} took {low:.2f} times as long as backpropagation's."
+        return f"A training step of {quickest} took {low:.2f} times as long as one of backpropagation."
     span = f"from {low:.2f} ({quickest}) to {high:.2f} ({slowest})"
-    return f"A training step took {span} times as long as backpropagation's."
+    return f"A training step took {span} times as long as one of backpropagation."
 
 
 def _busy_sentence(comparison: Comparison) -> str:
@@ -240,7 +240,7 @@ def _failures_sentence(comparison: Comparison) -> str:
     failed = sum(not run.finished for run in comparison.runs)
     if not failed:
         return ""
-    return f"{failed} of {_count(len(comparison.runs), 'run')} did not finish; the means leave them out."
+    return f"{failed} of {_count(len(comparison.runs), 'run')} did not finish and are left out of the means."
 
 
 def _caution_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
@@ -252,9 +252,9 @@ def _caution_sentence(rows: Mapping[str, RuleSummary], score: Score) -> str:
 
 
 def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
-    """Setting and value; where rules differ in a setting, each value with the rules that used it.
+    """Return setting and value; if rules differ in a setting, each value with the rules that used it.
 
-    What concerns learned feedback weights is one row, of the options that were set; some options show only where they are.
+    Settings of learned feedback weights are one row, with the options that were set; some options are shown only if set.
     """
     hidden = _NOT_CONFIG | set(FEEDBACK_FIELDS)
     defaults = Recipe().to_json()
@@ -282,13 +282,13 @@ def config_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _feedback(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The options of learned feedback weights that a run has set, in words."""
+    """Return the options of learned feedback weights that a run has set, as text."""
     settings = {key: config[key] for key in FEEDBACK_FIELDS if key in config and config[key] != defaults[key]}
     return _words({key.removeprefix("feedback_").replace("_", " "): value for key, value in settings.items()})
 
 
 def environment_rows(comparison: Comparison) -> list[tuple[str, str]]:
-    """Versions, commit, platform and the like; every distinct value where runs differ, first and last of the times."""
+    """Return versions, commit, platform and so on; every distinct value if runs differ, first and last of the times."""
     rows = []
     for key in dict.fromkeys(key for run in comparison.runs for key in run.environment):
         values = list(dict.fromkeys(_words(run.environment[key]) for run in comparison.runs if key in run.environment))

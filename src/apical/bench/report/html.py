@@ -1,4 +1,4 @@
-"""The tables of a comparison's report in HTML; every name and value taken from the runs is escaped."""
+"""The tables of a comparison's report in HTML; every name and value from the runs is escaped."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def mean_and_spread(values: Sequence[float], score: Score = ACCURACY) -> str:
-    """Mean ± standard deviation over seeds, of an accuracy with two decimals; the value alone if there is one.
+    """Format mean ± standard deviation over seeds, with two decimals for accuracies; a single value without deviation.
 
     >>> mean_and_spread([97.0, 98.0])
     '97.50 ± 0.71'
@@ -34,7 +34,7 @@ def _heading(score: Score) -> str:
 
 
 def rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
-    """One line per rule: its score, seeds, losses, times and size."""
+    """Return a table with one line per rule: its score, seeds, losses, times and size."""
     several = max((len(row.runs) for row in rows), default=0) > 1
     spread, middle = (" <small>mean ± s.d.</small>", " <small>median (range)</small>") if several else ("", "")
     units = {"Bits per token": "bits_per_token", "Perplexity": "perplexity"} if score == NATS else {}
@@ -57,17 +57,17 @@ def rules_table(rows: Sequence["RuleSummary"], score: Score) -> str:
         return cells | {"Parameters": f"{int(parameters[0]):,}" if parameters else MISSING}
 
     note = (
-        f"Only runs that finished are counted. {'The test loss' if score.is_loss else 'Accuracy'} is that after the last "
-        "epoch, not the best one; ± is the standard deviation over seeds. Time is wall-clock time per training step, with "
-        "whatever else the machine was doing."
+        f"Only finished runs are counted. {'The test loss' if score.is_loss else 'Accuracy'} is that after the last "
+        "epoch, not the best one; ± is the standard deviation over seeds. Time is wall-clock time per training step, which "
+        "other load on the machine increases."
     )
     return f'{_labelled(map(columns, rows))}\n<p class="note">{note}</p>'
 
 
 def _labelled(rows: Iterable[Mapping[str, str]]) -> str:
-    """A table of cells by heading, both HTML; beside each stands its heading, for screens on which rows are blocks.
+    """Return a table of cells by heading, both HTML; each cell carries its heading, for screens where rows are blocks.
 
-    All but the first column, and states, are numbers.
+    All columns except the first and the states are numbers.
     """
     lines = list(rows)
     heads = "".join(f"<th{_kind(place, text)}>{text}</th>" for place, text in enumerate(lines[0] if lines else ()))
@@ -89,7 +89,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> str:
-    """Reference against measured numbers; nothing if there are none."""
+    """Return reference and measured numbers; nothing if there are none."""
     if not verdicts:
         return ""
     lines = [
@@ -134,7 +134,7 @@ def _ratio(row: "RuleSummary") -> str:
 
 
 def problems(runs: Sequence[Run]) -> str:
-    """The runs that did not finish; nothing if all did."""
+    """Return the runs that did not finish; nothing if all did."""
     failed = [run for run in runs if not run.finished]
     if not failed:
         return ""
@@ -143,7 +143,7 @@ def problems(runs: Sequence[Run]) -> str:
 
 
 def runs_table(runs: Sequence[Run], score: Score) -> str:
-    """One line per run, folded away."""
+    """Return a collapsed table with one line per run."""
     summary = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
     return f"<details><summary>{summary}</summary>{_labelled(_run_columns(run, score) for run in runs)}</details>"
 

@@ -1,4 +1,4 @@
-"""What was measured of the networks on request, before, during and after training: tables of the report."""
+"""Tables of the optional measures of the networks before, during and after training."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from apical.bench.report.records import Comparison, Run
 Cell = Mapping[str, Mapping[str, Any]]
 """Layer to quantity to number."""
 Lines = tuple[list[str], list[list[str]]]
-"""Heads and lines of a table."""
+"""Column heads and rows of a table."""
 
 
 def section(comparison: Comparison) -> str:
-    """The tables as HTML; empty where nothing was measured."""
+    """Return the tables as HTML; empty if nothing was measured."""
     parts = []
     for measure in _names(comparison):
         whole, details = _tables(comparison, measure)
@@ -26,8 +26,8 @@ def section(comparison: Comparison) -> str:
     if not parts:
         return ""
     note = (
-        "Means over the seeds that got there, ± standard deviation. Numbers of different networks, or of different noise, "
-        "do not compare; persistence counts where it differs from that of the same weights shuffled."
+        "Means over the seeds that reached the epoch, ± standard deviation. Numbers of different networks, or with other "
+        "noise, are not comparable; persistence is meaningful where it differs from that of the same weights shuffled."
     )
     return "\n".join(["<h2>Measures of the network</h2>", f'<p class="note">{note}</p>', *parts])
 
@@ -49,7 +49,7 @@ def _tables(comparison: Comparison, measure: str) -> tuple[Lines, Lines]:
 def of_networks_and_layers(
     rows: Sequence[tuple[list[str], Sequence[Cell]]], heads: list[str], layer: str
 ) -> tuple[Lines, Lines]:
-    """A table of whole networks and one of their layers, over seeds, of what was measured of each network with its names."""
+    """Return a table of whole networks and one of their layers, over seeds, from the measures of each labelled network."""
     every = [cell for _, cells in rows for cell in cells]
     whole = quantities([cell[WHOLE] for cell in every if WHOLE in cell])
     lines = [[*names, *(shown(cells, WHOLE, key) for key in whole)] for names, cells in rows] if whole else []
@@ -66,7 +66,7 @@ def _cell(run: Run, epoch: int, measure: str) -> Cell:
 
 
 def shown(cells: Sequence[Cell], layer: str, key: str) -> str:
-    """Mean and standard deviation of a quantity over seeds."""
+    """Format mean and standard deviation of a quantity over seeds."""
     entries = [cell.get(layer, {}).get(key) for cell in cells]
     values = [float(value) for value in entries if isinstance(value, int | float)]
     if not values:

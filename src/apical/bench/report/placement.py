@@ -1,4 +1,4 @@
-"""What each layer's error passes through: kept in placement.json of a run folder, and shown in reports and audits."""
+"""What each layer's error passes through: saved in placement.json of a run folder, and shown in reports and audits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,12 +20,12 @@ _HEADS = ("Layer", "Type", "Weight", "Error passes through")
 
 
 def keep(folder: Path, rule: CreditRule, inputs: Tensor) -> None:
-    """Write the placement of a rule into a run folder; inputs (batch, ...), of which a few samples are used."""
+    """Write the placement of a rule to a run folder; a few samples of the inputs (batch, ...) are used."""
     write_state(folder / FILE, {"rows": [asdict(row) for row in rule.placement(inputs[:SAMPLES])]})
 
 
 def section(out: Path, rules: Sequence[str]) -> str:
-    """The tables of a run folder or of a compare folder's rules, as HTML; empty where no run has kept one.
+    """Return the tables of a run folder or of a compare folder's rules, as HTML; empty if no run has saved one.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -42,7 +42,7 @@ def section(out: Path, rules: Sequence[str]) -> str:
 
 
 def first_file(out: Path, rule: str, name: str) -> Path | None:
-    """That of a run folder, or of the first seed of a compare folder's rule that has one."""
+    """Return the placement of a run folder, or of the first seed of a compare folder's rule that has one."""
     paths = [out / name, *sorted((out / "runs" / rule).glob(f"seed-*/{name}"))]
     return next((path for path in paths if path.is_file()), None)
 

@@ -1,4 +1,4 @@
-"""How sure a comparison is: intervals over seeds, and every rule against backpropagation with the same seeds."""
+"""Uncertainty of a comparison: intervals over seeds, and every rule against backpropagation with the same seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Sureness:
 
     Attributes:
         score: mean with its interval, in percent for an accuracy.
-        against: the same minus backpropagation's, over common seeds; None for backpropagation or without it.
+        against: score minus that of backpropagation, over common seeds; None for backpropagation itself or without it.
     """
 
     rule: str
@@ -25,7 +25,7 @@ class Sureness:
     against: Paired | None
 
     def record(self) -> dict[str, Any]:
-        """As statistics.json keeps it."""
+        """Return the content for statistics.json."""
         record: dict[str, Any] = {"rule": self.rule, **self.score._asdict()}
         if self.against is not None:
             record |= {f"difference_{key}": value for key, value in self.against.difference._asdict().items()}
@@ -34,7 +34,7 @@ class Sureness:
 
 
 def sureness(comparison: Comparison) -> list[Sureness]:
-    """Every rule with a finished run, in the comparison's order."""
+    """Return every rule with a finished run, in the comparison's order."""
     score = comparison.score
     finals = {
         rule: {run.seed: score.scale * run.final(score.key) for run in comparison.of(rule) if run.finished}
@@ -50,7 +50,7 @@ def sureness(comparison: Comparison) -> list[Sureness]:
 
 
 def section(rows: Sequence[Sureness], score: Score) -> str:
-    """The part of the report on it; nothing for single seeds."""
+    """Return this section of the report; nothing for single seeds."""
     if max((row.score.n for row in rows), default=0) < 2:
         return ""
     places = 4 if score.is_loss else 2

@@ -1,7 +1,7 @@
 """Reading finished and unfinished runs back from disk, for the report.
 
 A compare folder holds runs/<rule>/seed-<k>/; a run folder holds config.json, environment.json, metrics.jsonl and, once
-the run has ended, result.json. Files that were not written yet are no error; files that cannot be read are.
+the run has ended, result.json. Missing files are not an error; unreadable files are.
 """
 
 import json
@@ -31,7 +31,7 @@ _MEASURES = (*_SCORES, "ms_per_step", "feedback_ms_per_step")
 
 
 class Score(NamedTuple):
-    """What rules are compared by: its key in the metrics, its name, its name with the unit, and what it is scaled by."""
+    """Quantity by which rules are compared: its key in the metrics, name, name with unit, and scale factor."""
 
     key: str
     name: str
@@ -40,7 +40,7 @@ class Score(NamedTuple):
 
     @property
     def is_loss(self) -> bool:
-        """Whether less is better."""
+        """Whether lower is better."""
         return self.key == "test_loss"
 
 
@@ -59,7 +59,7 @@ class Run:
         epochs: number of each recorded epoch, ascending; 0 is before training.
         records: the metrics of each epoch in `epochs`.
         result: contents of result.json, None while the run has not ended.
-        examples: images and what the model made of them, each (n, channels, height, width), where the run kept any.
+        examples: images and their reconstructions, each (n, channels, height, width), if the run saved any.
         panels: figures of the network, :class:`apical.core.credit.Panel` as a dictionary each.
     """
 
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """State of the run in words: finished, diverged with its message, or how far it came."""
+        """State of the run as text: finished, diverged with its message, or the last epoch reached."""
         if self.finished:
             return "finished"
         if self.result is not None:
@@ -100,12 +100,12 @@ class Run:
         return list(names)
 
     def curve(self, key: str, layer: str | None = None) -> Array:
-        """The metric `key` of each epoch, of one layer if given; NaN where it was not measured. Shape (epochs,)."""
+        """Return the metric `key` of each epoch, of one layer if given; NaN where it was not measured. Shape (epochs,)."""
         rows = self.records if layer is None else [(r.get("layers") or {}).get(layer) or {} for r in self.records]
         return np.array([_finite(row.get(key)) for row in rows], dtype=np.float64)
 
     def final(self, key: str) -> float:
-        """`key` of result.json or, if it is not there, of the last recorded epoch; NaN if it is in neither."""
+        """Return `key` from result.json or, if missing, from the last recorded epoch; NaN if it is in neither."""
         value = _finite((self.result or {}).get(key))
         return value if not math.isnan(value) or not self.records else _finite(self.records[-1].get(key))
 
@@ -118,7 +118,7 @@ class Comparison:
         command: the command line that made them, empty if not recorded.
         rules: short names in the order of the command line.
         runs: every run found or planned, by rule, then seed.
-        single: True if the folder was one run folder.
+        single: True if the folder is one run folder.
         published: numbers to compare with, by rule, and `claims` about their order, as compare.json has them.
     """
 
@@ -131,7 +131,7 @@ class Comparison:
 
     @property
     def score(self) -> Score:
-        """The accuracy on test images or, where no run has one but some have a loss (regression), the test loss."""
+        """The test accuracy or, if no run has one but some have a loss (regression), the test loss."""
 
         def has(key: str) -> bool:
             return any(math.isfinite(_finite(row.get(key))) for run in self.runs for row in (run.result or {}, *run.records))
@@ -141,7 +141,7 @@ class Comparison:
         return NATS if any(run.config.get("loss") == "token_cross_entropy" for run in self.runs) else LOSS
 
     def of(self, rule: str) -> list[Run]:
-        """The runs of one rule, by seed."""
+        """Return the runs of one rule, by seed."""
         return [run for run in self.runs if run.rule == rule]
 
 
@@ -149,7 +149,7 @@ def read(folder: Path) -> Comparison:
     """Read a compare folder or a run folder.
 
     Raises:
-        CheckpointError: `folder` is neither, holds no run, or holds a damaged file, which the message names.
+        CheckpointError: `folder` is neither, contains no run, or contains a damaged file, which the message names.
     """
     if (folder / "runs").is_dir():
         return _read_compare(folder)
@@ -175,7 +175,7 @@ def _read_compare(folder: Path) -> Comparison:
             absent = Run(rule, seed_number, {**recipe, **recipes.get(rule, {})}, {}, (), (), None)
             runs.setdefault((rule, seed_number), absent)
     if not runs:
-        raise CheckpointError(f"{folder / 'runs'} holds no run folder (<rule>/seed-<number>)")
+        raise CheckpointError(f"{folder / 'runs'} contains no run folder (<rule>/seed-<number>)")
     order = list(RULES)
     others = sorted({rule for rule, _ in runs} - set(planned), key=lambda r: (order.index(r) if r in order else 99, r))
     rules = (*dict.fromkeys(planned), *others)
@@ -192,7 +192,7 @@ def _read_run(folder: Path, rule: str, seed: int, config: Mapping[str, Any]) -> 
     epochs = tuple(sorted(records))
     done = (result or {}).get("epochs")
     if isinstance(done, int) and done > 0 and done not in records:
-        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, with which the run ended, is not in it")
+        raise CheckpointError(f"{folder / 'metrics.jsonl'} is damaged: epoch {done}, the last of the run, is missing")
     lines = tuple(records[epoch] for epoch in epochs)
     examples, panels = _read_examples(folder / "examples.npz"), _read_panels(folder / "panels.json")
     return Run(rule, seed, config, environment, epochs, lines, result, examples, panels)
@@ -202,7 +202,7 @@ def _read_panels(path: Path) -> Sequence[Mapping[str, Any]]:
     panels = _read_object(path).get("panels", []) if path.exists() else []
     fields = ("title", "kind", "x", "y", "values", "categories")
     if not isinstance(panels, list) or not all(isinstance(panel, dict) and set(fields) <= panel.keys() for panel in panels):
-        raise CheckpointError(f"{path} is damaged: it holds no figures")
+        raise CheckpointError(f"{path} is damaged: it contains no figures")
     return panels
 
 
@@ -221,9 +221,9 @@ def _read_examples(path: Path) -> tuple[Array, Array] | None:
 
 
 def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:
-    """Record of each epoch; the later one counts where a resumed run repeats an epoch.
+    """Return the record of each epoch; if a resumed run repeats an epoch, the later record counts.
 
-    A last line without a line end belongs to a run that was killed while writing and is left out.
+    A last line without a line ending comes from a run that was killed while writing, and is left out.
     """
     text = _read_text(path)
     records: dict[int, Mapping[str, Any]] = {}
@@ -245,7 +245,7 @@ def _read_metrics(path: Path) -> dict[int, Mapping[str, Any]]:
 
 
 def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The JSON object in `path`, of the kinds that the check asks for; empty if there is no such file."""
+    """Return the JSON object in `path`, with the types that the check requires; empty if there is no such file."""
     content = _read_object(path)
     try:
         check(content)
@@ -255,7 +255,7 @@ def _checked(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, A
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty if there is no such file."""
+    """Return the JSON object in `path`; empty if there is no such file."""
     text = _read_text(path)
     return _parse(text, str(path)) if path.exists() else {}
 
@@ -269,11 +269,11 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        return parse_object(text, finite=False)  # earlier versions wrote NaN for what had diverged
+        return parse_object(text, finite=False)  # earlier versions wrote NaN for diverged values
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{where} is damaged: not JSON ({error.msg})") from error
     except NotAnObjectError:
-        raise CheckpointError(f"{where} does not hold a JSON object") from None
+        raise CheckpointError(f"{where} does not contain a JSON object") from None
     except ValueError as error:
         raise CheckpointError(f"{where} is damaged: {brief(error)}") from error
 

@@ -1,4 +1,4 @@
-"""Published numbers against measured ones: verdicts are computed here from tolerance and data, never typed."""
+"""Published and measured numbers: verdicts are computed here from tolerance and data, never entered by hand."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from apical.bench.statistics import bootstrap
 
 @dataclass(frozen=True)
 class Verdict:
-    """One published number beside the mean over seeds.
+    """One published number and the mean over seeds.
 
     Attributes:
-        published: the number; for an order of two rules, the least difference.
-        tolerance: how far the mean may lie from it; None for an order.
-        tag: where the number is from.
-        measured: mean over seeds; None if no run got there.
+        published: the number; for an order of two rules, the smallest difference.
+        tolerance: largest allowed distance of the mean; None for an order.
+        tag: source of the number.
+        measured: mean over seeds; None if no run reached the epoch.
         spread: standard deviation over seeds; None for fewer than two.
         verdict: "reproduced", "not reproduced" or "not run".
         low, high: bootstrap interval of the mean at 95 %; None for fewer than two seeds.
@@ -37,16 +37,16 @@ class Verdict:
     high: float | None = None
 
     def shown(self, value: float) -> str:
-        """A value of this quantity as people read it: losses with significant digits, the others with two decimals."""
+        """Format a value of this quantity: losses with significant digits, the others with two decimals."""
         return f"{value:.4g}" if "loss" in self.what else f"{value:.2f}"
 
 
 def judge(comparison: Comparison) -> list[Verdict]:
-    """All published numbers and orders that compare.json names, in its order.
+    """Return all published numbers and orders in compare.json, in its order.
 
     A number has a "metric": "accuracy" or "error" in percent, "loss" (each of a "split", test by default), or "angle" in
-    degrees of a "layer". It holds after "epoch" epochs or, with "select": "best-validation", at the one of the epochs up
-    to there at which the validation accuracy is highest (for a loss, or without accuracies: the validation loss lowest).
+    degrees of a "layer". It applies after "epoch" epochs or, with "select": "best-validation", at the epoch up to then with
+    the highest validation accuracy (for a loss, or without accuracies: the lowest validation loss).
     """
     rows = [
         _verdict(rule, number, [_measure(run, number) for run in comparison.of(rule)])
@@ -63,7 +63,7 @@ def judge(comparison: Comparison) -> list[Verdict]:
 
 
 def _measure(run: Run, number: Mapping[str, Any]) -> float | None:
-    """The run's value of a published quantity: percent, degrees or a loss; None if it was not measured."""
+    """Return the run's value of a published quantity: percent, degrees or a loss; None if it was not measured."""
     record = _record(run, number)
     if record is None:
         return None
@@ -82,7 +82,7 @@ def _measure(run: Run, number: Mapping[str, Any]) -> float | None:
 
 
 def _record(run: Run, number: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The metrics of the epoch that a published number is about; None if the run did not get there."""
+    """Return the metrics of the epoch of a published number; None if the run did not reach it."""
     if number["epoch"] not in run.epochs:
         return None
     records = run.records[: run.epochs.index(number["epoch"]) + 1]
@@ -97,7 +97,7 @@ def _record(run: Run, number: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _what(number: Mapping[str, Any]) -> str:
-    """A published quantity in words."""
+    """Return a published quantity as text."""
     metric, split = number["metric"], number.get("split", "test")
     if metric == "angle":
         what = "angle of feedback, " + (f"layer {number['layer']}, °" if number["layer"] else "mean over layers, °")
@@ -145,7 +145,7 @@ SOURCES = {
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
-    """How many numbers were reproduced, by where they are from, so that no source passes for another.
+    """Return how many numbers were reproduced, by source, so that sources are not mixed up.
 
     >>> row = Verdict("pfa", "angle", 5, 20.3, 1.5, "fig", 20.5, None, 1, "reproduced")
     >>> tally([row])

@@ -18,11 +18,11 @@ class Audit:
     model: Annotated[str, shown("NAME|FILE.py:CLASS", "(default: mlp-48-32)")] = "mlp-48-32"
     """Network, or your own. The no-derivative test needs a piecewise-linear activation such as ReLU."""
     data: Annotated[str, shown("NAME|FILE|FOLDER", "(default: digits)")] = "digits"
-    """Data set that the rules are trained on before they are examined, up to 2,000 images or 500 sequences of it."""
+    """Data set on which the rules are trained before the audit; at most 2,000 images or 500 sequences are used."""
     epochs: Annotated[int, shown("N", "(default: 5)")] = 5
-    """Epochs of training before that."""
+    """Epochs of that training."""
     lr: Annotated[float, shown("RATE", "(default: 0.02)")] = 0.02
-    """Learning rate of that, for every rule. Lower it where a rule diverges."""
+    """Learning rate of that training, for every rule. Lower it if a rule diverges."""
     seed: Annotated[int, shown("N", "(default: 0)")] = 0
     """Seed of weights, feedback and data order."""
     out: Annotated[Path | None, shown("DIR", "(default: print only)")] = None

@@ -21,7 +21,7 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class EvolutionPlace:
-    """Where results go and settings come from; a base of its own, so that they are listed first."""
+    """Where results go and settings come from; a separate base, so that they are listed first."""
 
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for the evolution; must be new or empty."""

@@ -1,4 +1,4 @@
-"""Short help: the commands by topic, and of each command an example and the options that most people want.
+"""Short help: the commands by topic, and for each command an example and its most common options.
 
 `--help-all` shows every option with its whole text.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 WIDTH = 79
 _COLUMN = 26
-"""Where the texts of options begin."""
+"""Column in which the texts of options begin."""
 
 OVERVIEW = """apical: train PyTorch networks with credit-assignment rules other than
 backpropagation, and measure what the rules do.
@@ -30,7 +30,7 @@ Measure
   audit       what rules need that a brain may lack
   measure     networks: their weights, codes and Jacobians
   landscape   paths of training on their loss surface
-  report      write figures and page of a folder again
+  report      redraw the figures and the page of a folder
 Papers
   reproduce   tables of papers, compared with the published numbers
 Look up
@@ -81,11 +81,11 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
         "Results": (*_SAVING, "seed"),
     },
 }
-"""Options shown by topic; those of a command left out are only named. A command that is not here shows all of its own."""
+"""Options shown by topic; a command's other options are only named. A command that is missing here shows all its options."""
 
 
 def option_rows(flags: type[Any]) -> list[list[str]]:
-    """Each option as it is written ("--epochs N"), its default (or "required") and its text."""
+    """Return each option as it is written ("--epochs N"), its default (or "required") and its text."""
     texts = field_texts(flags)
     rows = [
         (_option(name, hint)[0], _setting(hint, "help_behavior_hint"), texts.get(name, ""))
@@ -95,7 +95,7 @@ def option_rows(flags: type[Any]) -> list[list[str]]:
 
 
 def short_help(command: str, flags: type[Any]) -> str:
-    """Use, purpose, example and options of a command, in lines of at most :data:`WIDTH` characters.
+    """Return usage, purpose, example and options of a command, in lines of at most :data:`WIDTH` characters.
 
     Args:
         flags: the dataclass of its options.
@@ -122,7 +122,7 @@ def short_help(command: str, flags: type[Any]) -> str:
 
 
 def _option(name: str, hint: Any) -> tuple[str, bool]:
-    """An option as it is written, and whether it has no name on the command line."""
+    """Return an option as it is written, and whether it is positional."""
     metavar = _setting(hint, "metavar")
     is_positional = "Positional" in repr(hint) or "POSITIONAL" in repr(getattr(hint, "__metadata__", ()))
     if is_positional:
@@ -132,7 +132,7 @@ def _option(name: str, hint: Any) -> tuple[str, bool]:
 
 
 def _entry(option: str, text: str) -> list[str]:
-    """An option with its text beside it, or below where it is long."""
+    """Return an option with its text next to it, or below if the option is long."""
     body = textwrap.wrap(text, WIDTH - _COLUMN, break_on_hyphens=False)
     if len(option) > _COLUMN - 4:
         return [f"  {option}", *(" " * _COLUMN + line for line in body)]
@@ -141,7 +141,7 @@ def _entry(option: str, text: str) -> list[str]:
 
 
 def _sentence(text: str, hint: Any) -> str:
-    """The first sentence of an option's text, and its default."""
+    """Return the first sentence of an option's text, and its default."""
     first = re.split(r"(?<!\.)\.\s+(?=[A-Z])|; ", " ".join(text.split()))[0].rstrip(".")
     return f"{first} {_setting(hint, 'help_behavior_hint')}".strip()
 
@@ -152,12 +152,12 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
 
 
 def _setting(hint: Any, name: str) -> str:
-    """What an annotation says of an option's metavar, default or help; empty for nothing."""
+    """Return an option's metavar, default or help from its annotation; empty if it has none."""
     return next((value for item in getattr(hint, "__metadata__", ()) if (value := getattr(item, name, None))), "")
 
 
 def field_texts(kind: type[Any]) -> dict[str, str]:
-    """The text of each field: the one under it, in the class or a base, or the help that it is annotated with."""
+    """Return the text of each field: the docstring under it, in the class or a base, or the help in its annotation."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         try:

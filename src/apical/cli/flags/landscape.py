@@ -15,17 +15,18 @@ class Landscape:
     """Plot the training paths of finished runs on their loss surface. Requires runs made with `--trajectory N`."""
 
     runs: Positional[Annotated[tuple[Path, ...], shown("RUNS ...", "(required)")]]
-    """Folders of runs or of comparisons, of one model, data set and loss."""
+    """Folders of runs or comparisons, all with the same model, data set and loss."""
     out: Annotated[Path, shown("DIR", "(required)")]
     """Folder for landscape.png, .svg and .json; must be new or empty."""
     plane: Annotated[Literal["pca", "random"], shown("pca|random", "(default: pca)")] = "pca"
-    """Plane through weight space: that of most of the snapshots' variance, or two filter-normalised random directions."""
+    """Plane through weight space: the first two principal components of the snapshots, or two filter-normalised random
+    directions."""
     grid: Annotated[int, shown("N", "(default: 41)")] = 41
-    """Points of the surface on a side; also those of the straight lines on which barriers are measured."""
+    """Points per side of the surface; also points on the straight lines along which barriers are measured."""
     span: Annotated[float | None, shown("X", "(default: 1.3 for pca, 1 for random)")] = None
-    """Half-width of the surface: over that of all snapshots (pca), or over the norms of the filters (random)."""
+    """Half-width of the surface, relative to that of all snapshots (pca) or to the norms of the filters (random)."""
     examples: Annotated[int, shown("N", "(default: 1000)")] = 1000
-    """Training images, always the same, of which the loss is taken."""
+    """Training images on which the loss is computed, always the same."""
     device: Annotated[Device, shown("auto|cpu|cuda", "(default: auto)")] = "auto"
     """Where to compute."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False

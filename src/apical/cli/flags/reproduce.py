@@ -16,16 +16,16 @@ class Reproduce:
     targets: Positional[Annotated[tuple[str, ...], shown("PAPER[/TABLE] ...", "(default: list them)")]] = ()
     """Tables to run, such as pfa/mnist; a paper's name alone runs all of its tables."""
     budget: Annotated[Literal["smoke", "cpu", "paper"], shown("smoke|cpu|paper", "(default: cpu)")] = "cpu"
-    """How much to run: to see that it works, what two cores can do, or the paper's epochs and seeds."""
+    """How much to run: a quick check, what two cores can do, or the paper's epochs and seeds."""
     out: Annotated[Path, shown("DIR", "(default: results)")] = Path("results")
     """Folder: a table goes to PAPER-TABLE in it (with -smoke or -paper at these budgets), verdicts to reproductions/."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
     """Seeds, or parts of a study, side by side."""
     ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
-    """Train on a Ray cluster: one started here, or one that runs (`ray start --head`) and sees --out as a shared folder."""
+    """Train on a Ray cluster: one started here, or a running one (`ray start --head`) that sees --out as a shared folder."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
     """Continue what is there; what is finished stays."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
     """Replace what is there."""
     kept: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Train nothing: judge what the folder holds, also of a run that another command made."""
+    """Train nothing: judge the results in the folder, also those of a run that another command made."""

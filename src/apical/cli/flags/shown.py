@@ -10,12 +10,12 @@ from apical.cli.flags.help import field_texts
 
 
 def shown(name: str, hint: str = "") -> Any:
-    """How an option is shown; None as a default means that the recipe decides."""
+    """Annotate how an option is shown; None as a default means that the recipe decides."""
     return arg(metavar=name, help_behavior_hint=hint)
 
 
 def settings_of(recipe: type[Any], without: Iterable[str]) -> type[Any]:
-    """A dataclass with an option for each other field of a recipe; None leaves it to --recipe or the default."""
+    """Make a dataclass with an option for each other field of a recipe; None leaves it to --recipe or the default."""
     hints, texts, options = get_type_hints(recipe, include_extras=True), field_texts(recipe), []
     for item in fields(recipe):
         if item.name not in without:

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one line, from what its parser prints in a box."""
+"""One-line messages for faulty command lines, from what the parser prints in a box."""
 
 import difflib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def explained(box: str, arguments: Sequence[str], commands: Iterable[str], options: Iterable[str]) -> str:
-    """One sentence that names the option and what it takes.
+    """Return one sentence that names the option and what it takes.
 
     Args:
         arguments: of the command line.
@@ -32,10 +32,10 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
     if match := re.search(r"Missing from apical[^:]*: (\S+(?: [A-Z|]+\b)?)", text):
         return f"{match[1]} is missing{see}"
     if match := re.search(r"Expected one of \{(.*?)\}", text):
-        return f"apical {command} needs a word more: {match[1].replace(', ', ' or ')}{see}"
+        return f"apical {command} needs a subcommand: {match[1].replace(', ', ' or ')}{see}"
     if match := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?)\)", text):
         choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
-        return f"{match[2]} is {match[1]!r}{_near(match[1], choices)}, but takes {', '.join(sorted(choices))}"
+        return f"{match[2]} takes {', '.join(sorted(choices))}, got {match[1]!r}{_near(match[1], choices)}"
     if match := re.search(r"Error parsing (\S+): (.*)", text):
         values = re.findall(r"\['(.*?)'\]", match[2]) or re.findall(r": '(.*?)'", match[2])
         what = "a whole number" if "INT" in match[2] or "int()" in match[2] else "numbers" if "FLOAT" in match[2] else ""
@@ -45,7 +45,7 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
 
 
 def _plain(box: str) -> str:
-    """The text before the first line across the box."""
+    """Return the text before the first line across the box."""
     lines = []
     for line in box.splitlines():
         inner = re.sub("^[│┃] ?| ?[│┃]$", "", re.sub("\x1b\\[[0-9;]*m", "", line).rstrip()).strip()

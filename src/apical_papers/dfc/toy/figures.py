@@ -38,7 +38,7 @@ COMPARTMENTS = {"soma": "#000000", "basal": "#0072B2", "apical": "#D55E00"}
 
 
 def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[str, str]]) -> Drawing:
-    """One panel per measure, one line per rule that has it: mean over seeds with a band of one standard deviation.
+    """Draw one panel per measure, one line per rule that has it: mean over seeds with a band of one standard deviation.
 
     Args:
         curves: rule -> {"n": seeds, "metrics": {measure: {"epochs", "mean", "std"}}}.
@@ -69,16 +69,16 @@ def conditions(curves: Mapping[str, Mapping[str, Any]], panels: Sequence[tuple[s
             "On a fixed batch of training samples after each epoch; epoch 0 is before the forward weights learn. Lines: "
             f"mean over {seeds} {'seed' if seeds == 1 else 'seeds'}; bands: ± one standard deviation. Solid: learned "
             "feedback weights Q; dashed: Q fixed at the product of the initial forward weights. Dotted grey: where the "
-            "condition holds exactly, or the limit of stability. DFC-SS and DFC-SSA lie on each other."
+            "condition holds exactly, or the limit of stability. The lines of DFC-SS and DFC-SSA coincide."
         )
         return render("conditions", "Conditions and alignment during training", caption, figure)
 
 
 def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tensor, sample: int = 0) -> Drawing:
-    """Output, control and the compartments of two neurons per layer over time, weak control left and strong control right.
+    """Draw output, control and compartments of two neurons per layer over time, weak control left, strong control right.
 
     Args:
-        weak_target, strong_target: of the output (batch, n_L).
+        weak_target, strong_target: targets of the output (batch, n_L).
         sample: which sample of the batch to draw.
     """
     layers = len(weak.soma)
@@ -114,7 +114,7 @@ def traces(weak: Trace, strong: Trace, weak_target: Tensor, strong_target: Tenso
 
 
 def optimal(points: Optimal) -> Drawing:
-    """Random optimal feedback weights in the plane of their principal components, with J^T, J^+ and what lies between."""
+    """Draw random optimal feedback weights in the plane of their principal components, with J^T, J^+ and damped ones."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(_COLUMN, 3.1))
         axes = figure.add_subplot()
@@ -130,7 +130,7 @@ def optimal(points: Optimal) -> Drawing:
         caption = (
             f"{len(points.cloud):,} random feedback matrices Q = Jᵀ P of a 5-2-2 network that meet Condition 2 and keep the "
             "loop stable, each scaled to norm 1 (no unit), with the transpose, the pseudoinverse and the damped "
-            f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All ask for the "
+            f"pseudoinverses between them (\u03b3 from {points.gammas[0]:g} to {points.gammas[-1]:g}). All give the "
             "same update."
         )
         return render("optimal_feedback", "Optimal feedback weights are many", caption, figure)
@@ -146,14 +146,14 @@ def _look(rule: str) -> dict[str, Any]:
 
 
 def _curves(axes: Axes, curves: Mapping[str, Mapping[str, Any]], key: str) -> set[str]:
-    """Draw one measure; returns the rules that have it."""
+    """Draw one measure; return the rules that have it."""
     rules = [rule for rule in curves if key in curves[rule]["metrics"] and not (key == "ssa" and rule.startswith("dfc-ssa"))]
     for position, rule in enumerate(rules):
         line = curves[rule]["metrics"][key]
         epochs, mean, std = (np.array(line[name], dtype=np.float64) for name in ("epochs", "mean", "std"))
         every = max(1, len(epochs) // 5)
         marks = (position * every // max(1, len(rules)), every)
-        width = 2.0 - 0.35 * (position % 3)  # thinner on top: no line hides another
+        width = 2.0 - 0.35 * (position % 3)  # thinner on top, so that no line hides another
         axes.plot(epochs, mean, **_look(rule), markevery=marks, linewidth=width, markeredgewidth=0.4, zorder=3 + position)
         if curves[rule]["n"] > 1:
             colour = _style(rule).colour
@@ -166,13 +166,13 @@ def _curves(axes: Axes, curves: Mapping[str, Mapping[str, Any]], key: str) -> se
 
 
 def _strongest(apical: Tensor, count: int) -> list[int]:
-    """The neurons with the largest apical potential at the end, of (T, n_i)."""
+    """Return the neurons with the largest apical potential at the end, from (T, n_i)."""
     order: list[int] = apical[-1].abs().argsort(descending=True)[:count].tolist()
     return order
 
 
 def _thin(values: Tensor) -> Array:
-    """Every so many points of a trajectory, the last included, so that files stay small."""
+    """Thin out a trajectory at regular intervals, keeping the last point, so that files stay small."""
     every = max(1, (len(values) - 1) // 400)
     steps = torch.tensor(sorted({*range(0, len(values), every), len(values) - 1}))
     thinned: Array = values[steps].double().numpy()

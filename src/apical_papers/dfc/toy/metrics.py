@@ -1,8 +1,8 @@
-"""What figure 3 of deep feedback control (arXiv 2106.07887) measures, on a fixed probe batch.
+"""Measures of figure 3 of deep feedback control (arXiv 2106.07887), on a fixed probe batch.
 
-Per rule: Condition 1; angles of the weight change that the rule asks for to the damped Gauss-Newton and minimum-norm updates
-(damping 0.1, as in the paper's toy experiments). For feedback control also the angle to the DFC-SSA update made with the
-same feedback weights, Condition 2 and the largest real part among the eigenvalues of the whole linearised loop.
+Per rule: Condition 1; angles of the rule's weight change to the damped Gauss-Newton and minimum-norm updates (damping 0.1,
+as in the paper's toy experiments). For feedback control also the angle to the DFC-SSA update with the same feedback weights,
+Condition 2 and the largest real part of the eigenvalues of the whole linearised loop.
 """
 
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ Variant = Literal["dfc", "ss", "ssa"]
 Solver = Literal["closed-form", "steady", "simulate"]
 
 DAMPING = 0.1
-"""gamma of the Gauss-Newton and minimum-norm updates."""
+"""Damping gamma of the Gauss-Newton and minimum-norm updates."""
 
 EIGENVALUE_SAMPLES = 32
-"""Probe samples whose system matrix (N + n_L rows) is decomposed."""
+"""Number of probe samples whose system matrix (N + n_L rows) is decomposed."""
 
 
 MEASURES = {
@@ -45,12 +45,12 @@ MEASURES = {
 
 
 class Probe:
-    """Measures one rule on one batch; neither is changed.
+    """Measures one rule on one batch, without changing either.
 
     Args:
         rule: any rule on a chain of layers.
         inputs: probe batch (batch, ...).
-        nudge: lambda of the minimum-norm update, which it enters through the curvature of the activations only.
+        nudge: lambda of the minimum-norm update, which depends on it only through the curvature of the activations.
     """
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, nudge: float) -> None:
@@ -65,7 +65,7 @@ class Probe:
         return float(condition_two(jacobian, self.rule.q).mean())
 
     def __call__(self) -> dict[str, float]:
-        """Every measure of :data:`MEASURES` that the rule has, means over the batch; angles of batch-mean updates."""
+        """Return every measure in :data:`MEASURES` that the rule has, means over the batch; angles of batch-mean updates."""
         with forward_phase(self.rule):
             change, delta = requested_change(self.rule, self.inputs, self.targets)
         exact = gauss_newton_update(self.rule.model, self.inputs, delta, DAMPING, names=change)
@@ -98,13 +98,13 @@ class Probe:
 
 
 def twin(rule: DeepFeedbackControl, variant: Variant, solver: Solver | None = None, **loop: float) -> DeepFeedbackControl:
-    """Another variant on the same model with the very same feedback weights; it follows the rule as that learns.
+    """Make another variant on the same model that shares the rule's feedback weights while these learn.
 
     Args:
-        rule: whose controller, loss and nudge it has.
+        rule: rule whose controller, loss and nudge it uses.
         variant: "dfc", "ss" or "ssa".
-        solver: of that variant; None takes the fast one.
-        **loop: what of `nudge`, `k_p` and `points` is to be different.
+        solver: solver of that variant; None uses the fast one.
+        **loop: other values for `nudge`, `k_p` and `points`.
     """
     own = rule.loop
     settings = {"nudge": rule.nudge, "k_p": own.k_p, "points": own.points} | loop
@@ -126,14 +126,14 @@ def twin(rule: DeepFeedbackControl, variant: Variant, solver: Solver | None = No
 
 
 def update_angle(a: Update, b: Update) -> float:
-    """Angle in degrees between two updates, over all parameters that both have."""
+    """Return the angle in degrees between two updates, over all parameters that both have."""
     names = [name for name in a if name in b]
     return angle(torch.cat([a[name].flatten() for name in names]), torch.cat([b[name].flatten() for name in names]))
 
 
 @contextmanager
 def forward_phase(rule: CreditRule) -> Iterator[None]:
-    """Within, calls of the rule teach the forward weights."""
+    """Let calls of the rule train the forward weights within the block."""
     before = rule.phase
     rule.phase = "forward"
     try:

@@ -1,11 +1,11 @@
-"""Figure 2 of deep feedback control (arXiv 2106.07887): how many feedback weights are optimal, and that they do the same.
+"""Figure 2 of deep feedback control (arXiv 2106.07887): many feedback weights are optimal, and all give the same update.
 
-A random 5-2-2 tanh network with a linear output sees one input; J = d r_L / d v (2 x 4) over all its neurons. Condition 2
-asks only that the columns of Q lie in the row space of J: `Q = J^T P` for any 2 x 2 matrix P that keeps the loop stable
+A random 5-2-2 tanh network with a linear output gets one input; J = d r_L / d v (2 x 4) over all its neurons. Condition 2
+only requires the columns of Q to lie in the row space of J: `Q = J^T P` for any 2 x 2 matrix P that keeps the loop stable
 (`Re eig(J Q) > 0`). Among them are J^T, the pseudoinverse J^+ and the damped ones `J^T (J J^T + gamma I)^-1`. As
-`Q (J Q)^-1 = J^+` whatever P is, all of them ask for the same DFC-SSA update as the leak alpha goes to 0.
+`Q (J Q)^-1 = J^+` for every P, all of them give the same DFC-SSA update as the leak alpha goes to 0.
 
-In numpy alone, apart from the rest of the library, so that it can serve as a check on it.
+Uses only numpy, independently of the rest of the library, so that it can serve as a check on it.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ NUDGE = 0.01
 
 @dataclass(frozen=True)
 class Network:
-    """W_1 (2, 5), W_2 (2, 2), an input x (5,), and the wished change of the output delta (2,)."""
+    """W_1 (2, 5), W_2 (2, 2), an input x (5,), and the desired change of the output delta (2,)."""
 
     w1: Array
     w2: Array
@@ -32,14 +32,14 @@ class Network:
 
     @property
     def jacobian(self) -> Array:
-        """J (2, 4): of the output in the potentials of both layers, at the feed-forward state."""
+        """J (2, 4): Jacobian of the output in the potentials of both layers, at the feed-forward state."""
         slope = 1 - np.tanh(self.w1 @ self.x) ** 2
         return np.hstack([self.w2 * slope, np.eye(len(self.w2))])
 
 
 @dataclass(frozen=True)
 class Optimal:
-    """What the figure shows, in the plane of the first two principal components.
+    """Content of the figure, in the plane of the first two principal components.
 
     Attributes:
         cloud: random optimal Q (draws, 2).
@@ -47,7 +47,7 @@ class Optimal:
         damped: Q for growing gamma (gammas, 2).
         gammas: (gammas,).
         explained: share of the variance along each of the two components (2,).
-        angles: of every Q's DFC-SSA update to that of J^+, in degrees, cloud first, then J^T and the damped ones.
+        angles: angles of every Q's DFC-SSA update to that of J^+, in degrees, cloud first, then J^T and the damped ones.
         transpose_inside, pseudoinverse_inside: whether the point lies in the convex hull of the cloud, in the plane.
         typical: median angle in degrees between two random optimal Q.
         between: angle in degrees between J^T and J^+.
@@ -67,7 +67,7 @@ class Optimal:
 
 
 def random_network(draw: np.random.Generator) -> Network:
-    """Xavier-normal weights, an input uniform on (-1, 1), and a small change in a random direction."""
+    """Draw Xavier-normal weights, an input uniform on (-1, 1), and a small change in a random direction."""
     n0, n1, n2 = SIZES
     w1 = draw.normal(size=(n1, n0)) * np.sqrt(2 / (n0 + n1))
     w2 = draw.normal(size=(n2, n1)) * np.sqrt(2 / (n1 + n2))
@@ -75,7 +75,7 @@ def random_network(draw: np.random.Generator) -> Network:
 
 
 def random_optimal(jacobian: Array, draws: int, draw: np.random.Generator) -> Array:
-    """`Q = J^T P` of norm 1 with Gaussian P, those with all `Re eig(J Q) > 0`: (draws, N, n_L)."""
+    """Draw `Q = J^T P` of norm 1 with Gaussian P and keep those with all `Re eig(J Q) > 0`: (draws, N, n_L)."""
     gram = jacobian @ jacobian.T
     vectors: list[Array] = []
     while len(vectors) < draws:
@@ -86,16 +86,16 @@ def random_optimal(jacobian: Array, draws: int, draw: np.random.Generator) -> Ar
 
 
 def normed(q: NDArray[Any]) -> Array:
-    """Q over its Frobenius norm; the direction is all that matters."""
+    """Return Q over its Frobenius norm; only the direction matters."""
     scaled: Array = q / np.linalg.norm(q)
     return scaled
 
 
 def ssa_update(network: Network, q: Array, alpha: float = ALPHA) -> Array:
-    """The DFC-SSA update of both weight matrices, flat: `[phi(v_i) - phi(v_i^ff)] r_{i-1}^T` at the controlled state.
+    """Return the flat DFC-SSA update of both weights: `[phi(v_i) - phi(v_i^ff)] r_{i-1}^T` at the controlled state.
 
     Args:
-        network: weights, input and wished change.
+        network: weights, input and desired change.
         q: feedback weights (4, 2), first layer on top.
         alpha: leak, `u = (J Q + alpha I)^-1 delta`.
     """
@@ -108,20 +108,20 @@ def ssa_update(network: Network, q: Array, alpha: float = ALPHA) -> Array:
 
 
 def angle(a: Array, b: Array) -> float:
-    """Angle in degrees between two vectors; exact also near 0 (half-angle form)."""
+    """Return the angle in degrees between two vectors; accurate near 0 too (half-angle form)."""
     a, b = a.ravel() / np.linalg.norm(a), b.ravel() / np.linalg.norm(b)
     return float(np.degrees(2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))))
 
 
 def principal_plane(points: Array) -> tuple[Array, Array]:
-    """Coordinates of points (n, d) along their first two principal components (n, 2), and the variance they explain (2,)."""
+    """Return coordinates of points (n, d) along their first two principal components (n, 2), and explained variance (2,)."""
     centred = points - points.mean(0)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     return centred @ axes[:2].T, sizes[:2] ** 2 / (sizes**2).sum()
 
 
 def inside(point: Array, cloud: Array) -> bool:
-    """Whether a point of the plane lies in the convex hull of others (n, 2): they are not all on one side of it."""
+    """Return whether a point of the plane lies in the convex hull of others (n, 2): not all of them are on one side."""
     offset = cloud - point
     around = np.sort(np.arctan2(offset[:, 1], offset[:, 0]))
     gaps = np.diff(np.append(around, around[0] + 2 * np.pi))
@@ -129,7 +129,7 @@ def inside(point: Array, cloud: Array) -> bool:
 
 
 def optimal_feedback(draws: int = 2000, seed: int = 0) -> Optimal:
-    """The figure's points and its check, for one random network."""
+    """Return the figure's points and its check, for one random network."""
     draw = np.random.default_rng(seed)
     network = random_network(draw)
     jacobian = network.jacobian

@@ -10,7 +10,7 @@ from apical_papers.dfc.toy.verdicts import SOURCES, tally
 
 
 def page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
-    """The page as text, from what results.json says; every name and value is escaped."""
+    """Return the page as text, from the content of results.json; every name and value is escaped."""
     sources = "".join(f"<li>{escape(name)}: {escape(meaning)}</li>" for name, meaning in SOURCES.items())
     failures = "".join(f"<li>{escape(text)}</li>" for text in results["failures"])
     failed = f'<div class="problems"><p><strong>Runs that failed</strong></p><ul>{failures}</ul></div>' if failures else ""
@@ -24,12 +24,12 @@ def page(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
 <h2>Figures</h2>
 {"".join(map(figure_block, drawings))}
 {reproduce(results["command"], pairs(results["settings"]), pairs(results["environment"]))}
-<p class="note">The figures also lie beside this page, as PNG (200 dpi) and SVG; results.json has every curve.</p>"""
+<p class="note">The figures are also next to this page, as PNG (200 dpi) and SVG; results.json has every curve.</p>"""
     return document(results["title"], results["about"], body, full=True)
 
 
 def shown(value: float | None, std: float | None = None) -> str:
-    """A measured number with four significant digits, and its spread with two.
+    """Format a measured number with four significant digits, and its spread with two.
 
     >>> shown(0.97331, 0.0123), shown(None)
     ('0.9733 ± 0.012', '–')

@@ -2,10 +2,10 @@
 
 The recipes are those of the study `dfc-student-teacher` (the released toy configuration). Two departures of this figure:
 
-* DFA and BP take the study's step of feedback control, not a learning rate of their own. The released DFA is a target method
-  with the same nudge, whose gradient is `2 lambda / batch` times the plain one: learning rate 1 there is 7.8e-4 here.
-  `dfa-fast` is DFA with the study's own learning rate.
-* `dfc-ssa-noise` learns its feedback from simulated noise, as the authors do; the others by the expectation of that rule.
+* DFA and BP use the study's step of feedback control, not a separate learning rate. The released DFA is a target method with
+  the same nudge, whose gradient is `2 lambda / batch` times the plain one: learning rate 1 there is 7.8e-4 here. `dfa-fast`
+  is DFA with the study's own learning rate.
+* `dfc-ssa-noise` learns its feedback from simulated noise, as the authors do; the others from the expectation of that rule.
 """
 
 import math
@@ -33,7 +33,7 @@ from apical_papers.dfc.toy.metrics import Probe, twin, update_angle
 
 STUDY = "dfc-student-teacher"
 NUDGE = 0.05 / BATCH
-"""lambda per sample."""
+"""Nudge lambda per sample."""
 
 SHOWN = (*TRAINED, *FIXED, "dfa", "bp")
 """The curves of the figure; the other two runs are checks."""
@@ -48,8 +48,8 @@ class Plan:
     Attributes:
         epochs: passes in which the forward weights learn.
         samples: training samples.
-        seeds: of the initial weights and the order of the data.
-        probe: training samples of the fixed batch on which everything is measured.
+        seeds: seeds of the initial weights and the order of the data.
+        probe: number of training samples in the fixed batch used for all measurements.
         noise_epochs: epochs of the one run whose feedback learns from simulated noise, which is slow.
         pretrain_epochs: feedback passes before the first epoch.
     """
@@ -62,7 +62,7 @@ class Plan:
     pretrain_epochs: int = 50
 
     def jobs(self) -> list[tuple[str, int]]:
-        """Every (name, seed) to train."""
+        """Return every (name, seed) to train."""
         return [(name, seed) for seed in self.seeds for name in (*SHOWN, FAST)] + [(NOISE, self.seeds[0])]
 
 
@@ -71,8 +71,8 @@ class History:
     """One training.
 
     Attributes:
-        epochs: those after which it was measured; 0 is before the forward weights learn, after pre-training.
-        values: measure -> one value per epoch; the losses too (training loss from epoch 1 on).
+        epochs: epochs after which it was measured; 0 is before the forward weights learn, after pre-training.
+        values: measure -> one value per epoch, including the losses (training loss from epoch 1 on).
         before: Condition 2 of the random feedback weights, before pre-training.
         simulated: angles in degrees of the simulated DFC update to that of DFC-SSA and to the closed form, at the end.
         failure: why it ended early.
@@ -92,7 +92,7 @@ class History:
 
 
 def plain(history: History) -> dict[str, Any]:
-    """The history as JSON can keep it, which has no NaN and no infinity."""
+    """Convert the history for JSON, which has no NaN or infinity."""
     values = {
         key: [value if math.isfinite(value) else str(value) for value in numbers] for key, numbers in history.values.items()
     }
@@ -100,18 +100,18 @@ def plain(history: History) -> dict[str, Any]:
 
 
 def restored(saved: Mapping[str, Any]) -> History:
-    """The history that :func:`plain` made this of."""
+    """Invert :func:`plain`."""
     values = {key: [float(value) for value in numbers] for key, numbers in saved["values"].items()}
     return History(**{item.name: saved[item.name] for item in fields(History)} | {"values": values})
 
 
 def load(plan: Plan, name: str = "student-teacher") -> Dataset:
-    """The task, with the paper's 1,000 validation samples held out."""
+    """Return the task, with the paper's 1,000 validation samples held out."""
     return data.load(name, validation=1000, train_limit=plan.samples)
 
 
 def recipe(name: str, plan: Plan, seed: int) -> Recipe:
-    """The recipe of one training, before the rule's defaults are filled in."""
+    """Return the recipe of one training, before the rule's defaults are filled in."""
     rule = {NOISE: "dfc-ssa", FAST: "dfa"}.get(name, name)
     settings = STUDIES[STUDY].row(rule).recipe
     settings = replace(settings, seed=seed, epochs=plan.epochs, batch_size=min(BATCH, plan.samples), device="cpu", threads=1)
@@ -126,7 +126,7 @@ def recipe(name: str, plan: Plan, seed: int) -> Recipe:
 
 
 def train(name: str, plan: Plan, seed: int, dataset: Dataset) -> History:
-    """Train one rule and measure it after every epoch; what diverges ends early and says so."""
+    """Train one rule and measure it after every epoch; if it diverges, stop early and record this."""
     history = History()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +141,7 @@ def train(name: str, plan: Plan, seed: int, dataset: Dataset) -> History:
 
 
 def begin(settings: Recipe, dataset: Dataset, folder: Path) -> Training:
-    """The training of a recipe, in a folder that nobody keeps, at epoch 0."""
+    """Return the training of a recipe at epoch 0, in a temporary folder."""
     resolved, notes = resolve(settings, len(dataset.train))
     training = Training(resolved, dataset, make_rule, RunFolder(folder / "run"), World(0, 1, torch.device("cpu")))
     training.start(resume=False, command="dfc_toy", notes=notes, environment={})
@@ -167,7 +167,7 @@ def follow(training: Training, probe: Probe, history: History) -> None:
 
 
 def after_pretraining(training: Training, act: Callable[[], None]) -> Callable[[int], None]:
-    """A callback for the steps of a training that acts once: when the feedback weights are pre-trained."""
+    """Return a callback for the steps of a training that acts once, when the feedback weights are pre-trained."""
     last = max(item.end for item in training.passes if item.kind == "pretrain")
 
     def on_step(step: int) -> None:
@@ -178,7 +178,7 @@ def after_pretraining(training: Training, act: Callable[[], None]) -> Callable[[
 
 
 def simulated(probe: Probe) -> dict[str, float]:
-    """Angles in degrees of the DFC update by step-by-step simulation to that of DFC-SSA and to DFC's closed form."""
+    """Return angles in degrees of the simulated DFC update to that of DFC-SSA and to DFC's closed form."""
     assert isinstance(probe.rule, DeepFeedbackControl)
     rules = [probe.rule, twin(probe.rule, "ssa"), twin(probe.rule, "dfc", "simulate")]
     closed, linear, walked = (requested_change(rule, probe.inputs, probe.targets)[0] for rule in rules)
@@ -186,7 +186,7 @@ def simulated(probe: Probe) -> dict[str, float]:
 
 
 def curves(histories: Sequence[History]) -> dict[str, object]:
-    """Mean and sample standard deviation over the seeds (0 for one) of every measure, epoch by epoch."""
+    """Return mean and sample standard deviation over the seeds (0 for one) of every measure, epoch by epoch."""
     whole = [history for history in histories if history.failure is None]
     if not whole:
         return {"n": 0, "epochs": [], "metrics": {}}

@@ -1,7 +1,7 @@
 """The student-teacher study of deep feedback control: figures 1D, 2 and 3 of arXiv 2106.07887.
 
 Trains DFC, DFC-SS and DFC-SSA with learned and with fixed feedback weights, DFA and BP on student-teacher regression
-(15-10-10-5 tanh, linear output) with the released toy configuration; measures after each epoch what makes the theory hold;
+(15-10-10-5 tanh, linear output) with the released toy configuration; measures after each epoch the conditions of the theory;
 and draws the compartments over time and the set of optimal feedback weights. Run
 
     python -m apical_papers.dfc.toy.study --out results/dfc-toy
@@ -55,11 +55,11 @@ class Options:
     """Deep feedback control on student-teacher regression."""
 
     out: Path
-    """Folder to write."""
+    """Output folder."""
     epochs: int = 150
-    """Of every training."""
+    """Epochs of every training."""
     seeds: int = 3
-    """How many, from 0 on."""
+    """Number of seeds, from 0 on."""
     samples: int = 5000
     """Training samples, at most 5000."""
 
@@ -69,13 +69,13 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
 
     Args:
         plan: how much to train.
-        out: folder; made if it is not there.
-        command: how this was called, for the record.
+        out: folder; created if necessary.
+        command: the command line, for the record.
         points: time points of figure 1D.
-        draws: random feedback matrices of figure 2.
+        draws: number of random feedback matrices of figure 2.
 
     Returns:
-        What results.json holds, with unrounded numbers.
+        The content of results.json, with unrounded numbers.
     """
     spent, around = 0.0, environment("cpu", torch.get_num_threads())
     dataset = load(plan)
@@ -133,14 +133,14 @@ def study(plan: Plan, out: Path, command: str, points: int = POINTS, draws: int 
 
 
 def once(out: Path, name: str, plan: Plan, seed: int, dataset: Dataset) -> tuple[History, float]:
-    """The history of one training and the seconds it took; kept in `out`/cells, and not trained again if it is there."""
+    """Return the history of one training and its seconds; saved in `out`/cells, and not trained again if it is there."""
     config = {"name": name, "seed": seed, "epochs": plan.epochs, "samples": plan.samples}
     content = kept(out / "cells" / f"{name}-{seed}.json", config, lambda: plain(train(name, plan, seed, dataset)))
     return restored(content), content["seconds"]
 
 
 def settings(plan: Plan, points: int, draws: int) -> dict[str, Any]:
-    """What decides the numbers, as the record has it."""
+    """Return the settings that determine the numbers, for the record."""
     trained, fixed = (recipe(rule, plan, 0) for rule in ("dfc", "dfc-fixed"))
     return {
         "study": STUDY,
@@ -179,7 +179,7 @@ def _last(history: History) -> str:
 
 
 def run(options: Options, command: str) -> dict[str, Any]:
-    """The study that the options ask for; prints how many verdicts are reproduced."""
+    """Run the study with these options; print how many verdicts are reproduced."""
     results = study(Plan(options.epochs, options.samples, tuple(range(options.seeds))), options.out, command)
     print(tally(results["verdicts"]))
     return results

@@ -1,8 +1,8 @@
 """Figure 1D of deep feedback control: the output driven to its target, and the three compartments of single neurons.
 
 Student-teacher regression 15-10-10-1, tanh, with pre-trained feedback weights: k_p 1, alpha 0.0015, dt 0.005, 2000 points,
-lambda 0.05 (the released script). Beside the weak nudge of the paper the same sample, network and feedback under strong
-control (arXiv 2204.07249), whose target is the label itself.
+lambda 0.05 (the released script). In addition to the paper's weak nudge, the same sample, network and feedback are shown
+under strong control (arXiv 2204.07249), whose target is the label itself.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ class Traces:
 
     Attributes:
         weak, strong: compartments, control and output over time.
-        weak_target, strong_target: of the output (batch, 1).
+        weak_target, strong_target: targets of the output (batch, 1).
     """
 
     weak: Trace
@@ -40,13 +40,13 @@ class Traces:
 
     @property
     def typical(self) -> int:
-        """The sample whose output is the median distance from its label."""
+        """Index of the sample whose output has the median distance from its label."""
         distance = (self.strong_target - self.strong.output[0]).norm(dim=1)
         return int(distance.argsort()[len(distance) // 2])
 
 
 def record(plan: Plan, points: int = POINTS) -> Traces:
-    """Pre-train the feedback weights on the task with one output, then follow the probe samples through time."""
+    """Pre-train the feedback weights on the task with one output, then record the probe samples over time."""
     dataset = load(plan, "student-teacher-1")
     settings = recipe("dfc", plan, plan.seeds[0])
     settings = replace(
@@ -63,7 +63,7 @@ def record(plan: Plan, points: int = POINTS) -> Traces:
 
 
 def follow(rule: DeepFeedbackControl, inputs: Tensor, targets: Tensor, points: int) -> Traces:
-    """Weak and strong control of the same samples through the same feedback weights."""
+    """Record weak and strong control of the same samples through the same feedback weights."""
     weak = twin(rule, "dfc", "simulate", nudge=NUDGE, points=points)
     loop = weak.loop
     strong = StrongDeepFeedbackControl(
@@ -84,14 +84,14 @@ def follow(rule: DeepFeedbackControl, inputs: Tensor, targets: Tensor, points: i
 
 
 def error_left(trace: Trace, target: Tensor) -> Tensor:
-    """Distance of the last output from its target over that of the first: (batch,)."""
+    """Return the distance of the last output from its target over that of the first: (batch,)."""
     left, first = (torch.linalg.vector_norm(target - trace.output[t], dim=1) for t in (-1, 0))
     share: Tensor = left / first
     return share
 
 
 def still_moving(trace: Trace) -> Tensor:
-    """Change of the control over the last tenth of the time, relative to its size: (batch,)."""
+    """Return the change of the control over the last tenth of the time, relative to its size: (batch,)."""
     before = trace.u[int(0.9 * (len(trace.u) - 1))]
     change: Tensor = (trace.u[-1] - before).norm(dim=1) / trace.u[-1].norm(dim=1)
     return change

@@ -1,9 +1,8 @@
-"""What of figures 1D, 2 and 3 of deep feedback control is reproduced, computed from the runs.
+"""Verdicts on figures 1D, 2 and 3 of deep feedback control, computed from the runs.
 
 The paper prints no numbers for these figures: it makes statements ("all variants stay stable") and its plotting script has
-axis limits. Where a statement has a direction only, that is what is tested (source "statement"); where it needs a threshold,
-the threshold is our choice (source "our mark"). A row is reproduced if every one of its values (seeds, samples) meets the
-mark.
+axis limits. If a statement only gives a direction, the direction is tested (source "statement"); if it needs a threshold,
+the threshold is our choice (source "our mark"). A row is reproduced if all its values (seeds, samples) meet the mark.
 """
 
 import statistics
@@ -37,7 +36,7 @@ AXES = {
 
 
 def judge(histories: Histories, traces: Traces, optimal: Optimal) -> list[dict[str, Any]]:
-    """Every row: figure, rule, what, mark, values' mean, std and n, source, verdict."""
+    """Return every row: figure, rule, what, mark, values' mean, std and n, source, verdict."""
     rows = _figure_3(histories)
     weak, left = traces.weak, error_left(traces.weak, traces.weak_target).tolist()
     rows += [
@@ -95,7 +94,7 @@ def _figure_3(histories: Histories) -> list[dict[str, Any]]:
 
 
 def _lead(histories: Histories, rule: str, other: str, key: str) -> list[float]:
-    """Per seed, the smallest difference of two rules over the epochs."""
+    """Return per seed the smallest difference of two rules over the epochs."""
     pairs = zip(histories.get(rule, ()), histories.get(other, ()), strict=False)
     whole = [(one, two) for one, two in pairs if one.failure is None and two.failure is None]
     return [min(a - b for a, b in zip(one.values[key], two.values[key], strict=True)) for one, two in whole]
@@ -106,7 +105,7 @@ def _change(values: Sequence[float]) -> float:
 
 
 def _row(figure: str, rule: str, what: str, sign: str, mark: float, source: str, values: Sequence[float]) -> dict[str, Any]:
-    """One verdict: every value against the mark."""
+    """Return one verdict, comparing every value with the mark."""
     mean = statistics.mean(values) if values else None
     return {
         "figure": figure,
@@ -126,7 +125,7 @@ def _row(figure: str, rule: str, what: str, sign: str, mark: float, source: str,
 
 
 def holds(value: float, sign: str, mark: float) -> bool:
-    """Whether `value sign mark`.
+    """Return whether `value sign mark`.
 
     >>> holds(0.9, ">=", 0.88), holds(0.0, "<", 0)
     (True, False)
@@ -135,7 +134,7 @@ def holds(value: float, sign: str, mark: float) -> bool:
 
 
 def within_axes(curves: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per panel of figure 3: the axis limits of the authors' script, and the range of the mean curves drawn there."""
+    """Return per panel of figure 3 the axis limits of the authors' script, and the range of our mean curves."""
     rows = []
     for key, (low, high) in AXES.items():
         lines = [curves[rule]["metrics"].get(key) for rule in SHOWN if rule != "bp"]  # the paper draws no BP
@@ -147,7 +146,7 @@ def within_axes(curves: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def tally(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are reproduced, by source.
+    """Return how many rows are reproduced, by source.
 
     >>> tally([{"source": "statement", "verdict": "reproduced"}, {"source": "our mark", "verdict": "not run"}])
     'Reproduced: 1 of 1 by statement, 0 of 0 by our mark.'

@@ -1,9 +1,9 @@
-"""TDCA with ReLU learners: what stands in its way, and an evolution of hidden credit alone.
+"""TDCA with ReLU learners: obstacles, and an evolution of hidden credit only.
 
 Run `python -m apical_papers.tdca.classification.relu --out results/tdca-relu`. Tasks and learners are those of the arm
-"relu" of the classification study, on meta-seeds of their own. Arms: "error", where the output's credit is the error and
-fitness the mean loss over the last steps, and "evolved", as in the classification study, to take its credit apart.
-The first was chosen on the development meta-seed 1500 and 24 tasks of its own. The marks, for that arm, set before the run:
+"relu" of the classification study, with separate meta-seeds. Arms: "error", where the output's credit is the error and
+fitness is the mean loss over the last steps, and "evolved", as in the classification study, to analyse its credit.
+The first was chosen on the development meta-seed 1500 with 24 separate tasks. The marks, for that arm, set before the run:
 
     accuracy within 1 point of tuned backpropagation's
     loss below tuned backpropagation's, below tuned direct feedback alignment's, below the hand-built teachers'
@@ -40,7 +40,7 @@ DISSECTED = 2
 """Meta-seeds of the arm "evolved", which has no marks."""
 GENERATIONS = 60
 TASKS, VALIDATION = 32, 32
-"""Tasks that rules are tested on, and tasks that their learning rates are chosen on."""
+"""Number of test tasks, and of tasks for choosing learning rates."""
 TITLES = {
     **NAMES,
     "tdca": "TDCA",
@@ -68,17 +68,17 @@ class Options:
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the study."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Which to evolve; the first one has the marks."""
+    """Arms to evolve; the first one has the marks."""
     generations: int = GENERATIONS
-    """Of each evolution."""
+    """Generations of each evolution."""
     seeds: int = base.SEEDS
     """Meta-seeds: independent evolutions of the arm with marks."""
     jobs: int = 0
-    """Evolutions side by side; 0: one per core."""
+    """Evolutions run in parallel; 0: one per core."""
 
 
 def cell(generations: int, arm: str, seed: int) -> dict[str, Any]:
-    """One evolution and its trials, all rules at the learning rate of evolution and at their own."""
+    """Run one evolution and its trials, all rules at the learning rate of evolution and at their own."""
     train, test = base.digits()
     setting = ARMS[arm]
     about, teachers = base.evolved(setting, seed, train, generations)
@@ -88,7 +88,7 @@ def cell(generations: int, arm: str, seed: int) -> dict[str, Any]:
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Row]:
-    """All marks; none if the arm was not run."""
+    """Return all verdicts; none if the arm was not run."""
     if not cells:
         return []
     others = {"bp": "tuned BP's", **{rule: STRICT[rule] for rule in ("dfa", "shuffled", "hand-silent", "hand-random")}}
@@ -96,7 +96,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 
 
 def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
-    """One row per rule and arm."""
+    """Return a table with one row per rule and arm."""
 
     def row(arm: str, rule: str) -> list[Any]:
         trials = series(arms[arm], part, rule)
@@ -128,11 +128,11 @@ def table(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Evolve what is missing, and write results.json and report.html.
+    """Run missing evolutions, and write results.json and report.html.
 
     Raises:
         ConfigError: an arm is unknown.
-        CheckpointError: the folder holds evolutions with other settings.
+        CheckpointError: the folder contains evolutions with other settings.
     """
     for arm in options.arms:
         require_choice("arm", arm, ARMS)

@@ -1,4 +1,4 @@
-"""What the classification study writes: tables and figures, from the evolutions that are finished."""
+"""Output of the classification study: tables and figures, from the finished evolutions."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ TITLES = {
 
 
 def finish(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write results.json, the figures and report.html; returns what results.json holds."""
+    """Write results.json, the figures and report.html; return the content of results.json."""
     cells_of = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in TITLES}
     arms = {arm: evolutions for arm, evolutions in cells_of.items() if evolutions}
     steps = settings["settled"]
@@ -84,13 +84,13 @@ _EVOLUTION = (
     "Loss of learners under the centre of the search distribution, on each generation's own tasks; one line per meta-seed."
 )
 _CREDIT = (
-    "What the evolved networks send to a logit, by the probability of its class: mean over random predictions, a line for "
+    "Credit of the evolved networks for a logit, by the probability of its class: mean over random predictions, a line for "
     "each meta-seed, scaled to the size of the error, p - y (dashed)."
 )
 
 
 def percent(found: Sequence[float]) -> list[float]:
-    """Shares in per cent."""
+    """Return shares in per cent."""
     return [100 * value for value in found]
 
 
@@ -98,7 +98,7 @@ MEASURES: dict[str, tuple[str, Callable[[Sequence[float]], Sequence[float]]]] = 
     "loss": ("loss", list),
     "accuracy": ("accuracy, %", percent),
 }
-"""Key of a measure -> how tables call it, and what they show of its values."""
+"""Key of a measure -> its name in tables, and the function that prepares its values."""
 
 
 def _lineup(arms: Mapping[str, Sequence[Cell]], part: str, title: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _by_task(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
 
 
 def generations_to(cell: Cell, loss: float = 0.1) -> int | None:
-    """Generations until five in a row have a median loss below the mark; None where that never happens."""
+    """Return the generations until five consecutive ones have a median loss below the mark; None if this never happens."""
     curve = [float("inf") if value is None else -value for value in cell["curve"]]
     for end in range(5, len(curve) + 1):
         if statistics.median(curve[end - 5 : end]) < loss:
@@ -138,7 +138,7 @@ def generations_to(cell: Cell, loss: float = 0.1) -> int | None:
 
 
 def reached(generations: Sequence[int | None]) -> str:
-    """In how many generations the mark was reached, and by how many evolutions."""
+    """Format the generations until the mark, and the number of evolutions that reached it."""
     numbers = [float(number) for number in generations if number is not None]
     return f"{shown(numbers) if numbers else '-'} ({len(numbers)} of {len(generations)})"
 
@@ -156,7 +156,7 @@ def _evolutions(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
 
 
 def _left_out(arms: Mapping[str, Sequence[Cell]]) -> list[str]:
-    """A sentence on the arms of the study that were not run."""
+    """Return a sentence on the arms of the study that were not run."""
     missing = [title for arm, title in TITLES.items() if arm not in arms]
     return [f"Of this study's arms these were not run: {'; '.join(missing)}."] if missing else []
 
@@ -173,7 +173,7 @@ def _elsewhere(cells: Sequence[Cell], part: str, title: str, about: str) -> dict
 
 
 def error_bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[list[float]]]:
-    """Mean, and how far its 95 % interval reaches below (to the floor at most) and above, as Matplotlib takes it.
+    """Return the mean, and the extent of its 95 % interval below (down to the floor) and above, as Matplotlib takes it.
 
     >>> error_bar([1e-6, 2e-6], floor=1e-5)[1][0]
     [0.0]
@@ -185,7 +185,7 @@ def error_bar(found: Sequence[float], floor: float = 0.0) -> tuple[float, list[l
 
 
 def losses_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
-    """One row per arm, one symbol per rule."""
+    """Draw one row per arm, one symbol per rule."""
     figure = Figure(figsize=(3.5, 0.9 + 0.3 * len(arms)))
     axes = figure.add_subplot()
     look = styles(("bp", "dfa", "tdca", "tdca-unevolved"))
@@ -207,7 +207,7 @@ def losses_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
 
 
 def evolution_figure(arms: Mapping[str, Sequence[Cell]]) -> Figure:
-    """Loss under the centre over generations."""
+    """Draw the loss under the centre over generations."""
     figure = Figure(figsize=(3.5, 2.6))
     axes = figure.add_subplot()
     colours = {"unit": "#000000", "sites-4": "#009E73", "relu": "#0072B2", "released": "#D55E00"}

@@ -1,11 +1,11 @@
 """TDCA on classification: does an evolved top-down network train better than backpropagation, and what does it need?
 
 Run `python -m apical_papers.tdca.classification.study --out results/tdca-classification`. Tasks are four classes of the
-handwritten digits, drawn anew and numbered anew; top-down networks are evolved on tasks from some of the images and tested
-on tasks with other images, other initial weights and, in the rows for other data, other data sets. Each evolution is a
-meta-seed; intervals are over meta-seeds. What is finished stays in the folder, so an interrupted study continues.
+handwritten digits, redrawn and renumbered for each task; top-down networks are evolved on tasks from some of the images and
+tested on tasks with other images, other initial weights and, in the rows for other data, other data sets. Each evolution is
+a meta-seed; intervals are over meta-seeds. Finished parts are kept in the folder, so an interrupted study continues.
 
-The paper's numbers could not be read; its claims can be tested all the same. The marks were set before the run, and are:
+The paper's numbers could not be read, but its claims can be tested. The marks, set before the run:
 
     weak form     loss below backpropagation's at the learning rate of the lifetimes in evolution
     strong form   loss below tuned backpropagation's, and accuracy not below its minus 1 point (a stretch: minus 0.5)
@@ -13,12 +13,12 @@ The paper's numbers could not be read; its claims can be tested all the same. Th
     other data sets, other widths   at least 97 % of tuned backpropagation's accuracy
     ReLU          accuracy within 1 point of tuned backpropagation's; loss below its and below tuned DFA's
 
-Settings were chosen on meta-seeds and tasks that the table does not use: meta-seeds from 1000 on served an earlier run of
-two arms. The arm "released" has the credit of the authors' code, on probabilities; its verdicts are in a table of their own.
+Settings were chosen on meta-seeds and tasks that the table does not use: meta-seeds from 1000 on were used in an earlier run
+of two arms. The arm "released" has the credit of the authors' code, on probabilities; its verdicts are in a separate table.
 
-In that run single tasks decided means: rates were chosen on too few tasks to meet one, and fitness, the loss of the last
-step alone, does not see a loss that swings. A second run has other meta-seeds, more tasks, and the mean over the last ten
-steps as fitness, settings that two development meta-seeds (1601, 1602) spoke for; the marks are the same:
+In that run single tasks dominated the means: rates were chosen on too few tasks to include such a task, and fitness, the
+loss of the last step, does not detect an oscillating loss. A second run has other meta-seeds, more tasks, and the mean over
+the last ten steps as fitness, settings supported by two development meta-seeds (1601, 1602); the marks are the same:
 
     python -m apical_papers.tdca.classification.study --arms unit sites-4 --settled 10 --first 6000 --seeds 8 \
         --tasks 64 --validation 64 --out results/tdca-settled
@@ -51,16 +51,16 @@ from apical_papers.tdca.trials import GRID, Bench, tuned
 LIFETIME = Lifetime(steps=50, lr=0.05)
 BASE = Setting(model="mlp-tanh-32", lifetime=LIFETIME, hidden=16, ways=4, examples=128)
 RELEASED = replace(BASE, credit="probabilities", relative=False, quiet=False, lifetime=replace(LIFETIME, lr=0.02))
-"""As in the authors' code, but for sizes: credit on probabilities, not relative, from random weights."""
+"""As in the authors' code except for sizes: credit on probabilities, not relative, from random weights."""
 STRATEGY = Strategy(population=64, step=0.3)
 GENERATIONS = 150
 SEEDS = 5
 FIRST = 2000
-"""The first meta-seed; those below served for development."""
+"""The first meta-seed; lower ones were used for development."""
 TASKS, VALIDATION = 24, 16
-"""Tasks that rules are tested on, and tasks that their learning rates are chosen on."""
+"""Number of test tasks, and of tasks for choosing learning rates."""
 SEEN = 800
-"""Of 1797 digits, those that evolution draws its tasks from."""
+"""Number of the 1797 digits that are used for tasks in evolution."""
 
 ARMS: dict[str, Setting] = {
     "unit": BASE,
@@ -68,16 +68,16 @@ ARMS: dict[str, Setting] = {
     "relu": replace(BASE, model="mlp-32"),
     "released": RELEASED,
 }
-"""What is evolved."""
+"""The evolved arms."""
 
 ELSEWHERE = ("mnist", "fashion-mnist", "usps")
-"""Data sets whose tasks the networks evolved on digits are tested on."""
+"""Other data sets on which networks evolved on digits are tested."""
 
 WIDTHS = (16, 64, 128)
-"""Hidden widths that the network with four sites, evolved at width 32, is tested on."""
+"""Hidden widths on which the network with four sites, evolved at width 32, is tested."""
 
 CONTROLS = ("silent", "shuffled", "unevolved", "hand-silent", "hand-random", "bp", "dfa")
-"""What trains the same learners as TDCA does, see :meth:`apical_papers.tdca.trials.Bench.population`."""
+"""Rules compared with TDCA on the same learners, see :meth:`apical_papers.tdca.trials.Bench.population`."""
 
 
 @dataclass(frozen=True)
@@ -87,29 +87,29 @@ class Options:
     out: Annotated[Path, arg(metavar="DIR")]
     """Folder of the study."""
     arms: tuple[str, ...] = tuple(ARMS)
-    """Which to evolve."""
+    """Arms to evolve."""
     generations: int = GENERATIONS
-    """Of each evolution."""
+    """Generations of each evolution."""
     seeds: int = SEEDS
     """Meta-seeds: independent evolutions of each arm."""
     first: int = FIRST
-    """The first meta-seed; those below 2000 served for development."""
+    """The first meta-seed; those below 2000 were used for development."""
     settled: int = 1
-    """Fitness is the mean loss over so many last steps."""
+    """Fitness is the mean loss over this many last steps."""
     tasks: int = TASKS
-    """Unseen tasks that rules are tested on."""
+    """Number of unseen test tasks."""
     validation: int = VALIDATION
-    """Unseen tasks that learning rates are chosen on."""
+    """Number of unseen tasks for choosing learning rates."""
     jobs: int = 0
-    """Evolutions side by side; 0: one per core."""
+    """Evolutions run in parallel; 0: one per core."""
 
     def setting(self, arm: str, seed: int) -> Setting:
-        """What is evolved."""
+        """Return the evolved task."""
         return replace(ARMS[arm], settled=self.settled, seed=seed)
 
 
 def digits() -> tuple[Images, Images]:
-    """The handwritten digits in two: images for evolution, and images that it never sees."""
+    """Split the handwritten digits: images for evolution, and images that it never sees."""
     loaded = data.load("digits")
     inputs = torch.cat([loaded.train.inputs, loaded.test.inputs])
     targets = torch.cat([loaded.train.targets, loaded.test.targets])
@@ -118,13 +118,13 @@ def digits() -> tuple[Images, Images]:
 
 
 def unseen(name: str) -> Images:
-    """Test images of a data set."""
+    """Return the test images of a data set."""
     loaded = data.load(name)
     return Images(loaded.test.inputs, loaded.test.targets, loaded.classes, name)
 
 
 def evolved(setting: Setting, seed: int, train: Images, generations: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One evolution: its curve and seconds per generation; the weights of its average and of its start."""
+    """Run one evolution; return its curve, seconds per generation, and the weights of its average and of its start."""
     task = Classification([train], replace(setting, seed=seed))
     evolution = Evolution(task, STRATEGY, Here(33), seed)
     lines = [evolution.step() for _ in range(generations)]
@@ -139,7 +139,7 @@ def evolved(setting: Setting, seed: int, train: Images, generations: int) -> tup
 def trials(
     options: Options, arm: str, seed: int, teachers: Mapping[str, Tensor], test: Images, others: Mapping[str, Images]
 ) -> dict[str, Any]:
-    """Everything one evolved network is measured on, against the other rules on the same tasks."""
+    """Return all measurements of one evolved network and of the other rules on the same tasks."""
     setting, numbers = ARMS[arm], (options.validation, options.tasks)
     of_rule = {rule: teachers["start" if rule == "unevolved" else "tdca"] for rule in ("tdca", *CONTROLS)}
     result: dict[str, Any] = both_rates(Classification([test], setting), seed, numbers, of_rule)
@@ -157,13 +157,13 @@ def trials(
 
 
 def against(task: Classification, name: str, teacher: Tensor, numbers: tuple[int, int]) -> dict[str, Any]:
-    """TDCA and the other rules on tasks of another kind, each with its learning rate chosen there."""
+    """Test TDCA and the other rules on tasks of another kind, each with its learning rate chosen there."""
     names = f"elsewhere validation {name}", f"elsewhere {name}"
     return measures(task, names, numbers, {"tdca": teacher, "bp": teacher}, LIFETIME)
 
 
 def cell(options: Options, arm: str, seed: int) -> dict[str, Any]:
-    """One evolution and its trials."""
+    """Run one evolution and its trials."""
     train, test = digits()
     others = {name: unseen(name) for name in ELSEWHERE} if arm == "unit" else {}
     about, teachers = evolved(options.setting(arm, seed), seed, train, options.generations)
@@ -172,12 +172,12 @@ def cell(options: Options, arm: str, seed: int) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Evolve what is missing, and write results.json, figures and report.html.
+    """Run missing evolutions, and write results.json, figures and report.html.
 
     Raises:
         ConfigError: an arm is unknown.
-        CheckpointError: the folder holds evolutions with other settings.
-        DataError: one of the data sets is not there.
+        CheckpointError: the folder contains evolutions with other settings.
+        DataError: one of the data sets is missing.
     """
     for arm in options.arms:
         require_choice("arm", arm, ARMS)
@@ -215,11 +215,11 @@ def kept_evolutions(
     make: Callable[[str, int], dict[str, Any]],
     jobs: int,
 ) -> list[dict[str, Any]]:
-    """Meta-seeds of arms, in the order of `settings`, from the folder `out`, or else what `make` returns, side by side.
+    """Return meta-seeds of arms, in the order of `settings`, from the folder `out` or computed by `make` in parallel.
 
     Args:
-        make: a module's function, for other processes are handed it.
-        jobs: so many; 0 for one per core.
+        make: a module-level function, because it is passed to other processes.
+        jobs: number of processes; 0 for one per core.
     """
     configs = {part: {**config, **plain(asdict(setting))} for part, setting in settings.items()}
     made = partial(_kept, out, configs, make)
@@ -234,10 +234,10 @@ def _kept(out: Path, configs: Mapping[Evolved, Any], make: Callable[[str, int], 
 def both_rates(
     task: Classification, seed: int, numbers: tuple[int, int], teachers: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Each rule, with its teacher, on unseen tasks: all at the learning rate of evolution, then each at its tuned one.
+    """Test each rule, with its teacher, on unseen tasks: all at the learning rate of evolution, then each at its tuned rate.
 
     Args:
-        numbers: of validation tasks, and of those it is tested on.
+        numbers: numbers of validation tasks and of test tasks.
     """
     lifetime = task.setting.lifetime
     validation, bench = Bench(task, numbers[0], f"validation {seed}"), Bench(task, numbers[1], f"test {seed}")
@@ -256,10 +256,10 @@ def measures(
     teachers: Mapping[str, Tensor | None],
     lifetime: Lifetime,
 ) -> dict[str, Any]:
-    """Each rule, with its teacher, on unseen tasks, at the learning rate tuned on validation tasks.
+    """Test each rule, with its teacher, on unseen tasks, at the learning rate tuned on validation tasks.
 
     Args:
-        names, numbers: of the validation tasks, and of those it is tested on.
+        names, numbers: those of the validation tasks and of the test tasks.
     """
     validation, bench = (Bench(task, number, name) for name, number in zip(names, numbers, strict=True))
     results = {}
@@ -270,7 +270,7 @@ def measures(
 
 
 def plain(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it, without what is not set."""
+    """Return the settings for JSON, without unset ones."""
     return {key: list(v) if isinstance(v, tuple) else v for key, v in setting.items() if v is not None}
 
 

@@ -1,4 +1,4 @@
-"""The marks of the classification study, and what the evolutions come to."""
+"""The marks of the classification study, and the verdicts on its evolutions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,16 +15,16 @@ STRICT = {
     "hand-silent": "that of a hand-built teacher: the error, no hidden credit",
     "hand-random": "that of a hand-built teacher: the error, and fixed random feedback of it",
 }
-"""Rules that TDCA's loss is to lie below, and how they are called."""
+"""Rules whose loss TDCA's must be below, and their names."""
 
 
 def values(cells: Sequence[Cell], rule: str, key: str, part: str = "tuned") -> list[float]:
-    """A measure of a rule, one value per meta-seed."""
+    """Return a measure of a rule, one value per meta-seed."""
     return series(cells, part, rule, key)
 
 
 def lower(figure: str, cells: Sequence[Cell], titles: Mapping[str, str], before: str = "") -> list[Row]:
-    """Whether TDCA's loss lies below that of each of these rules."""
+    """Judge whether TDCA's loss lies below that of each of these rules."""
     ours = values(cells, "tdca", "loss")
     return [
         difference(figure, "tdca", f"{before}loss minus {title}", ours, values(cells, rule, "loss"), less=True)
@@ -33,14 +33,14 @@ def lower(figure: str, cells: Sequence[Cell], titles: Mapping[str, str], before:
 
 
 def near(figure: str, cells: Sequence[Cell], rule: str = "tdca", title: str = "tdca", before: str = "") -> Row:
-    """Whether the accuracy of a rule lies within 1 point of tuned backpropagation's."""
+    """Judge whether the accuracy of a rule lies within 1 point of tuned backpropagation's."""
     ours, bp = (values(cells, each, "accuracy") for each in (rule, "bp"))
     what = f"{before} minus (tuned BP's minus 1 point)"
     return difference(figure, title, what, ours, bp, less=False, margin=-0.01)
 
 
 def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
-    """The weak and the strong form of "better than backpropagation"."""
+    """Judge the weak and the strong form of "better than backpropagation"."""
 
     def loss(part: str, what: str) -> Row:
         ours, theirs = (values(cells, which, "loss", part) for which in ("tdca", "bp"))
@@ -58,12 +58,12 @@ def forms(cells: Sequence[Cell], rule: str = "tdca") -> list[Row]:
 
 
 def harness(cells: Sequence[Cell]) -> list[Row]:
-    """Whether a teacher that needs no evolution passes in this harness; no claim of the paper."""
+    """Judge whether a teacher without evolution passes in this harness; not a claim of the paper."""
     return [near("-", cells, "hand-random", "hand-built", "the harness: accuracy of the hand-built teacher")]
 
 
 def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
-    """All marks but those of the released credit; an arm that was not run, or once only, has none."""
+    """Return all verdicts except those of the released credit; an arm run less than twice has none."""
     rows: list[Row] = []
     unit, sites, relu = ([*arms.get(arm, ())] for arm in ("unit", "sites-4", "relu"))
     if len(unit) > 1:
@@ -84,7 +84,7 @@ def verdicts(arms: Mapping[str, Sequence[Cell]]) -> list[Row]:
 
 
 def released(arms: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
-    """The same forms for credit on probabilities, in a table apart: they are not counted."""
+    """Return the same forms for credit on probabilities as a separate table: they are not counted."""
     cells = arms.get("released", ())
     rows = forms(cells, "tdca-probabilities") if len(cells) > 1 else []
     return table(

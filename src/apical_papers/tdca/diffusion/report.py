@@ -1,4 +1,4 @@
-"""What the study of credit diffusion found: verdicts, table and figure, from the meta-seeds that are finished."""
+"""Output of the study of credit diffusion: verdicts, table and figure, from the finished meta-seeds."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,13 +43,13 @@ TITLES = {
     "sites-1": "1 site",
 }
 BY_HAND = {"hand-silent": "by hand: the error, hidden silent", "hand-random": "by hand: and random feedback of it"}
-"""Teachers that nothing evolved."""
+"""Hand-built teachers."""
 TARGET = 0.3
-"""Loss (nats) that generations are counted to."""
+"""Loss (nats) up to which generations are counted."""
 
 
 def report(out: Path, cells: Sequence[Cell], command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write results.json, the figure and report.html; returns what results.json holds."""
+    """Write results.json, the figure and report.html; return the content of results.json."""
     title = TITLE + (", credit on logits" if settings["credit"] == "logits" else "")
     about = about_study(title, ABOUT.format(place=PLACES[settings["credit"]]), MARKS)
     drawing = render("diffusion", "Before and after", _CAPTION, figure(cells))
@@ -64,12 +64,12 @@ _CAPTION = (
 
 
 def values(cells: Sequence[Cell], arm: str, key: str) -> list[float]:
-    """Accuracy or loss under the evolved network, or the seconds per generation, one value per meta-seed."""
+    """Return accuracy or loss under the evolved network, or seconds per generation, one value per meta-seed."""
     return series(cells, "arms", arm, *(() if key == "seconds_per_generation" else ("tdca",)), key)
 
 
 def verdicts(cells: Sequence[Cell]) -> list[Row]:
-    """Accuracy kept and time saved: each coarser credit against credit per weight, and each K against credit per unit."""
+    """Judge accuracy and time: each coarser credit against credit per weight, and each K against credit per unit."""
     rows = []
     pairs = [("weight", after) for after in list(TITLES)[2:]] + [("unit", after) for after in list(TITLES)[3:]]
     for before, after in pairs:
@@ -86,7 +86,7 @@ def verdicts(cells: Sequence[Cell]) -> list[Row]:
 
 
 def table(cells: Sequence[Cell]) -> dict[str, Any]:
-    """One row per kind of credit, and rules that nothing evolved."""
+    """Return a table with one row per kind of credit, and rows for rules without evolution."""
     rows: list[list[Any]] = []
     per_weight = cells[0]["arms"]["weight"]["parameters"]
     for arm, title in TITLES.items():
@@ -115,7 +115,7 @@ def table(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def figure(cells: Sequence[Cell]) -> Figure:
-    """Accuracy and time of each kind of credit, with the weights that its top-down network has."""
+    """Draw accuracy and time of each kind of credit against the number of weights of its top-down network."""
     drawn = Figure(figsize=(5.2, 2.4))
     for axes, key, scale in zip(
         drawn.subplots(1, 2, sharey=True), ("accuracy", "seconds_per_generation"), (100.0, 1.0), strict=True

@@ -3,8 +3,8 @@
 Run `python -m apical_papers.tdca.diffusion.study --out results/tdca-diffusion`. Learners have one hidden layer of eight tanh
 units and learn four classes of the handwritten digits, with the credit of the authors' code, as in the arm "released" of the
 classification study; or, with `--credit logits`, with credit as in its other arms. All evolutions of a meta-seed take turns,
-generation by generation, so that whatever else the machine does slows them alike. Each meta-seed is kept in the folder when
-it is finished, so an interrupted study continues.
+generation by generation, so that other load on the machine slows them equally. Each meta-seed is saved in the folder when it
+is finished, so an interrupted study continues.
 """
 
 import statistics
@@ -28,13 +28,13 @@ from apical_papers.tdca.synapses import SynapticClassification
 from apical_papers.tdca.trials import GRID
 
 CREDITS = {"probabilities": replace(RELEASED, model="mlp-tanh-8"), "logits": replace(BASE, model="mlp-tanh-8")}
-"""As in the authors' code: on probabilities, and not relative; or on logits, and relative, as of a shipped teacher."""
+"""As in the authors' code: on probabilities, not relative; or on logits, relative, as with a shipped teacher."""
 LIFETIME = BASE.lifetime
-"""Of tests, whose learning rates are tuned."""
+"""Rules of the tests, whose learning rates are tuned."""
 GENERATIONS = 60
 TASKS = 16
 VALIDATION = 8
-"""Tasks that learning rates are chosen on."""
+"""Number of tasks for choosing learning rates."""
 SITES = (8, 4, 2, 1)
 ARMS = ("weight-alone", "weight", "unit", *(f"sites-{k}" for k in SITES))
 """From most credits to fewest."""
@@ -49,15 +49,15 @@ class Options:
     seeds: int = 5
     """Meta-seeds: independent evolutions of each kind."""
     generations: int = GENERATIONS
-    """Of each evolution."""
+    """Generations of each evolution."""
     credit: Literal["probabilities", "logits"] = "probabilities"
-    """Where the output's stands; on logits, credit is relative too."""
+    """Quantity to which the output's credit applies; on logits, credit is also relative."""
     jobs: int = 0
-    """Meta-seeds side by side; 0: one per core."""
+    """Meta-seeds run in parallel; 0: one per core."""
 
 
 def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> Classification:
-    """What is evolved, or tested on, in an arm."""
+    """Return the task on which an arm is evolved or tested."""
     setting = replace(CREDITS[credit], seed=seed)
     if arm.startswith("weight"):
         return SynapticClassification([images], setting, local=arm == "weight")
@@ -65,7 +65,7 @@ def task(arm: str, images: Images, seed: int, credit: str = "probabilities") -> 
 
 
 def kept_seed(options: Options, config: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A meta-seed from the folder, or made now; and the hand-built teachers on its tasks."""
+    """Return a meta-seed, loaded from the folder or computed, and the hand-built teachers on its tasks."""
     path = options.out / "cells" / f"seed-{seed}.json"
     evolved = kept(path, config, partial(meta_seed, seed, options.generations, options.credit))
     by_hand = kept(path.with_name(f"by-hand-{seed}.json"), config, partial(hand_built, seed, options.credit))
@@ -73,17 +73,17 @@ def kept_seed(options: Options, config: dict[str, Any], seed: int) -> dict[str, 
 
 
 def hand_built(seed: int, credit: str) -> dict[str, Any]:
-    """Teachers that nothing evolved, on the tasks of a meta-seed: they show what harness and marks allow."""
+    """Test hand-built teachers on the tasks of a meta-seed: they show what harness and marks allow."""
     return trials(task("unit", digits()[1], 0, credit), seed, dict.fromkeys(BY_HAND))
 
 
 def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
-    """One evolution of each kind, in turns, and then their trials on tasks that none has seen."""
+    """Run one evolution of each kind, in turns, and then their trials on unseen tasks."""
     train, test = digits()
     evolutions = {arm: Evolution(task(arm, train, seed, credit), STRATEGY, Here(32), seed) for arm in ARMS}
     lines: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for generation in range(generations):
-        shift = generation % len(ARMS)  # no kind always follows the same one
+        shift = generation % len(ARMS)  # so that no kind always follows the same one
         for arm in (*ARMS[shift:], *ARMS[:shift]):
             lines[arm].append(evolutions[arm].step())
     arms = {
@@ -99,15 +99,15 @@ def meta_seed(seed: int, generations: int, credit: str) -> dict[str, Any]:
 
 
 def trials(unseen: Classification, seed: int, teachers: dict[str, torch.Tensor | None]) -> dict[str, Any]:
-    """Each rule on unseen tasks; all arms of a meta-seed have the same tasks."""
+    """Test each rule on unseen tasks; all arms of a meta-seed have the same tasks."""
     return measures(unseen, (f"validation {seed}", f"test {seed}"), (VALIDATION, TASKS), teachers, LIFETIME)
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json, the figure and report.html.
+    """Run the unfinished parts, then write results.json, the figure and report.html.
 
     Raises:
-        CheckpointError: the folder holds parts of a study with other options.
+        CheckpointError: the folder contains parts of a study with other options.
     """
     config = {
         "generations": options.generations,

@@ -1,13 +1,13 @@
-"""Which basin TDCA ends in, on non-convex functions, and which a gradient ends in (arXiv 2208.01416).
+"""Basins in which TDCA and gradient rules end on non-convex functions (arXiv 2208.01416).
 
 Run `python -m apical_papers.tdca.functions.basins --out results/tdca-basins`. The paper says that TDCA's paths pass local
-minima where backpropagation's stay. Networks are evolved as in the study of functions, on meta-seeds of their own, and start
+minima where backpropagation's stay. Networks are evolved as in the study of functions, with separate meta-seeds, and start
 from a grid of points under a shift that evolution did not see; so do gradient descent, momentum and Adam, at rates chosen on
 validation starts. A point's basin is the minimum that steepest descent reaches from it over a fine lattice. The marks, set
 before the run:
 
-    of starts outside a lowest basin, those that end in a lower one: TDCA's share above that of each gradient rule, on three
-    of four functions
+    of the starts outside a lowest basin, the share that ends in a lower one is higher for TDCA than for each gradient rule,
+    on three of four functions
 """
 
 import sys
@@ -38,11 +38,11 @@ from apical_papers.tdca.functions.study import PLANE, STRATEGY, VALIDATION, Case
 
 CASES = tuple(case for case in PLANE if case.of.multimodal)
 FIRST = 40
-"""The first meta-seed; the study of functions used others."""
+"""The first meta-seed; the study of functions used different ones."""
 GRID = 21
-"""Starts on a side of the box."""
+"""Number of starts per side of the box."""
 SIDE, POINTS = 6.0, 481
-"""Half the lattice's side, beyond what starts, shifted, can reach, and its points on a side."""
+"""Half the lattice's side, beyond the range of shifted starts, and its points per side."""
 GRADIENT = {"gd": "gradient descent", "momentum": "momentum", "adam": "Adam"}
 PATHS = {**GRADIENT, "capped": "capped gradient, by hand"}
 METHODS = {"tdca": "TDCA", **PATHS, "random": "random points"}
@@ -63,27 +63,27 @@ ABOUT = about_study(
 
 @dataclass(frozen=True)
 class Options:
-    """Basins that evolved networks leave, against gradient rules."""
+    """Compare the basins that evolved networks and gradient rules leave."""
 
     out: Annotated[Path, arg(metavar="DIR")]
-    """Folder to write; what is finished in it is kept."""
+    """Output folder; finished parts in it are kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions of each function."""
     generations: int = 200
-    """Of each evolution."""
+    """Generations of each evolution."""
     jobs: int = 0
-    """Functions side by side; 0: one per core."""
+    """Functions run in parallel; 0: one per core."""
 
 
 def basins(of: Function, side: float = SIDE, points: int = POINTS) -> tuple[Tensor, Tensor]:
-    """For each point of a lattice (points, points) over [-side, side]^2, the flat place of the minimum that steepest descent
-    over its eight neighbours reaches; and the values of the lattice."""
+    """Return for each point of a lattice (points, points) over [-side, side]^2 the flat index of the minimum that steepest
+    descent over its eight neighbours reaches; and the values of the lattice."""
     ticks = torch.linspace(-side, side, points, dtype=torch.double)
     values = of(torch.stack(torch.meshgrid(ticks, ticks, indexing="ij"), -1))
     around = torch.nn.functional.pad(values, (1, 1, 1, 1), value=torch.inf).unfold(0, 3, 1).unfold(1, 3, 1)
     steps = torch.tensor([[2**0.5, 1, 2**0.5], [1, 1, 1], [2**0.5, 1, 2**0.5]], dtype=torch.double)
     steepest = ((around - values[..., None, None]) / steps).flatten(2)
-    steepest[..., 4] = 0  # where no neighbour is lower, a point stays
+    steepest[..., 4] = 0  # if no neighbour is lower, the point stays
     number = steepest.argmin(-1)
     places = torch.arange(points * points).view(points, points)
     target = (places + (number // 3 - 1) * points + number % 3 - 1).flatten()
@@ -93,7 +93,7 @@ def basins(of: Function, side: float = SIDE, points: int = POINTS) -> tuple[Tens
 
 
 def outcomes(of: Function, starts: Tensor, ends: Tensor, shift: Tensor) -> Tensor:
-    """Of each start (S, 2), the place in :data:`OUTCOMES` of its end; -1 where the start is in a lowest basin."""
+    """Return for each start (S, 2) the index in :data:`OUTCOMES` of its end; -1 if the start is in a lowest basin."""
     target, values = basins(of)
     depth = values.flatten()
 
@@ -111,7 +111,7 @@ def outcomes(of: Function, starts: Tensor, ends: Tensor, shift: Tensor) -> Tenso
 
 
 def ends(case: Case, center: Tensor, seed: int, rates: Mapping[str, float]) -> dict[str, list[int]]:
-    """The outcome of every start of the grid under every method, row by row."""
+    """Return the outcome of every start of the grid under every method, row by row."""
     ticks = torch.linspace(-BOX, BOX, GRID, dtype=torch.double)
     starts = torch.cartesian_prod(ticks, ticks)
     shift = draw(1, 2, case.setting(0).shift, seed_of("basins", case.function, seed))[1]
@@ -123,13 +123,13 @@ def ends(case: Case, center: Tensor, seed: int, rates: Mapping[str, float]) -> d
 
 
 def kept_cell(options: Options, config: dict[str, Any], case: Case) -> dict[str, Any]:
-    """The evolutions of a function and what became of the starts of each, from the folder or made now."""
+    """Return a function's cell, loaded from the folder or computed."""
     path = options.out / "cells" / f"{case.stem}.json"
     return kept(path, config, partial(cell, case, options, path))
 
 
 def cell(case: Case, options: Options, path: Path) -> dict[str, Any]:
-    """The same, made; generations are kept beside the path."""
+    """Return the evolutions of a function and the outcomes of the starts of each; generations are kept next to the path."""
     seeds = range(FIRST, FIRST + options.seeds)
     tasks = [Minimisation(case.setting(seed)) for seed in seeds]
     starts, states = [task.start for task in tasks], path.with_suffix(".pt")
@@ -140,18 +140,18 @@ def cell(case: Case, options: Options, path: Path) -> dict[str, Any]:
 
 
 Cells = Mapping[str, Mapping[str, Any]]
-"""By a function's title."""
+"""Cells by the function's title."""
 
 
 def shares(record: Mapping[str, Any], method: str, *wanted: str) -> list[float]:
-    """Share of starts outside a lowest basin with one of the outcomes, for each meta-seed."""
+    """Return the share of starts outside a lowest basin with one of the outcomes, for each meta-seed."""
     numbers = {list(OUTCOMES).index(name) for name in wanted}
     outcomes_of = [[outcome for outcome in by_method[method] if outcome >= 0] for by_method in record["ends"]]
     return [fmean(outcome in numbers for outcome in each) for each in outcomes_of]
 
 
 def verdicts(cells: Cells) -> list[Row]:
-    """The count of functions, then each function against the gradient rule that comes nearest."""
+    """Judge the count of functions, then each function against the closest gradient rule."""
     rows, holds = [], []
     for title, record in cells.items():
         lower = {method: shares(record, method, "global", "lower") for method in ("tdca", *GRADIENT)}
@@ -167,7 +167,7 @@ def verdicts(cells: Cells) -> list[Row]:
 
 
 def table(cells: Cells) -> dict[str, Any]:
-    """Per function and method, where starts end."""
+    """Return a table of where starts end, per function and method."""
     rows = [
         [title, name, *([100 * share for share in shares(record, method, outcome)] for outcome in OUTCOMES)]
         for title, record in cells.items()
@@ -178,7 +178,7 @@ def table(cells: Cells) -> dict[str, Any]:
 
 
 def figure(cells: Cells) -> Figure:
-    """Maps of the starts of the first meta-seed, coloured by where they end."""
+    """Draw maps of the starts of the first meta-seed, coloured by where they end."""
     drawn = Figure(figsize=(6.4, 1.55 * len(cells) + 0.7))
     methods = ("tdca", *GRADIENT)
     panels = drawn.subplots(len(cells), len(methods), sharex=True, sharey=True, squeeze=False)
@@ -199,10 +199,10 @@ def figure(cells: Cells) -> Figure:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Evolve what is missing, and write results.json, the figure and report.html.
+    """Run missing evolutions, and write results.json, the figure and report.html.
 
     Raises:
-        CheckpointError: the folder holds evolutions with other options.
+        CheckpointError: the folder contains evolutions with other options.
     """
     config = {"seeds": options.seeds, "generations": options.generations, "strategy": asdict(STRATEGY), "grid": GRID}
     made = in_order(options.jobs, CASES, partial(kept_cell, options, config), options.out)

@@ -1,4 +1,4 @@
-"""Figures of the study of non-convex functions: values left, and paths drawn on the landscape."""
+"""Figures of the study of non-convex functions: final values, and paths on the landscape."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,14 +22,14 @@ LOOKS = {
     "adam": ("#E69F00", "^"),
     "random": ("#CC79A7", "x"),
 }
-"""Colour (Okabe and Ito's, but for one) and marker of each method."""
+"""Colour (all but one from Okabe and Ito) and marker of each method."""
 FLOOR = 1e-5
 SIDE = 4.8
 STARTS = 4
 
 
 def final_values(finals: Mapping[str, Mapping[str, Sequence[float]]], names: Mapping[str, str]) -> Figure:
-    """A line per function, a marker with its interval per method."""
+    """Draw a line per function, a marker with its interval per method."""
     figure = Figure(figsize=(5.0, 0.4 * len(finals) + 1.0))
     axes = figure.add_subplot()
     for number, (method, name) in enumerate(names.items()):
@@ -53,7 +53,7 @@ def final_values(finals: Mapping[str, Mapping[str, Sequence[float]]], names: Map
 
 
 def trajectories(networks: Mapping[Any, Sequence[float]], rates: Mapping[Any, Mapping[str, float]]) -> Figure:
-    """A row per case, a column per method: paths from the same starts on a shifted landscape."""
+    """Draw a row per case, a column per method: paths from the same starts on a shifted landscape."""
     columns = {"tdca": "TDCA", "gd": "gradient descent", "adam": "Adam"}
     figure = Figure(figsize=(5.6, 1.8 * len(networks) + 0.3))
     grid = figure.subplots(len(networks), len(columns), squeeze=False, sharex=True, sharey=True)

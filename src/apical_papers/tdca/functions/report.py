@@ -1,4 +1,4 @@
-"""What the study of non-convex functions found: verdicts, tables and figures, from its cells."""
+"""Output of the study of non-convex functions: verdicts, tables and figures, from its cells."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,9 +82,9 @@ MISSED = {
 
 
 def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write results.json, the figures and report.html; returns what results.json holds."""
+    """Write results.json, the figures and report.html; return the content of results.json."""
     seconds = round(sum(cell["seconds"] for cell in cells.values()), 1)
-    rows = sorted(verdicts(cells, groups), key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
+    rows = sorted(verdicts(cells, groups), key=lambda row: bool(row["verdict"] != "reproduced"))  # reproduced rows first
     tables = [
         _values(cells, groups),
         _larger(cells, groups["large"]),
@@ -101,14 +101,14 @@ def report(out: Path, cells: Cells, groups: Groups, command: str, settings: Mapp
 
 
 def taken(cells: Cells, case: Any, method: str, key: str = "final", dimension: int | None = None) -> list[float]:
-    """A measure of a method, one value per meta-seed."""
+    """Return a measure of a method, one value per meta-seed."""
     if method in ("tdca", "unevolved", "tdca-larger"):
         return [record["methods"][method][key] for record in cells[case]["seeds"]]
     return [record[method][key] for record in cells[case]["controls"][str(dimension or case.dimension)]["seeds"]]
 
 
 def against(cells: Cells, case: Any) -> dict[str, Row]:
-    """TDCA against every control."""
+    """Judge TDCA against every control."""
     ours = taken(cells, case, "tdca")
     what = f"{case.title}: final value minus that of"
     return {
@@ -118,12 +118,12 @@ def against(cells: Cells, case: Any) -> dict[str, Row]:
 
 
 def strongest(rows: Mapping[str, Row]) -> Row:
-    """The row of the control that TDCA beats by least."""
+    """Return the row of the control that TDCA beats by least."""
     return max(rows.values(), key=lambda row: row["mean"])
 
 
 def verdicts(cells: Cells, groups: Groups) -> list[Row]:
-    """Counts over functions first, then each function against its strongest control."""
+    """Judge counts over functions first, then each function against its strongest control."""
     counts, singles = [], []
     for group, dimensions, least in (("plane", 2, 4), ("large", 10, 2)):
         if not groups[group]:
@@ -185,7 +185,7 @@ def _stateless(cells: Cells, cases: Sequence[Any]) -> Row:
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate of `successes` in n trials.
+    """Return Wilson's 95 % interval for a rate of `successes` in n trials.
 
     >>> [round(x, 4) for x in wilson(0, 10)]
     [0.0, 0.2775]

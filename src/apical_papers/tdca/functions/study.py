@@ -2,13 +2,13 @@
 
     python -m apical_papers.tdca.functions.study --out results/tdca-functions
 
-For every case, networks (see :mod:`apical.evolution.minimisation`) are evolved from several meta-seeds with minima shifted
-anew for every start, and tested from held-out starts with shifts that evolution did not see. The controls follow the true
-gradient for as many steps, with learning rates chosen on validation starts, or take the best of as many random points. What
-is finished stays in the folder `cells`; the same command continues from there.
+For every case, networks (see :mod:`apical.evolution.minimisation`) are evolved from several meta-seeds, with newly shifted
+minima for every start, and tested from held-out starts with shifts that evolution did not see. The controls follow the true
+gradient for the same number of steps, with learning rates chosen on validation starts, or take the best of as many random
+points. Finished parts are kept in the folder `cells`; the same command continues from there.
 
-In ten dimensions networks of different meta-seeds differed much after 200 generations. Longer evolutions from others, with
-the same marks, are
+In ten dimensions, networks of different meta-seeds differed greatly after 200 generations. Longer evolutions from other
+meta-seeds, with the same marks, are
 
     python -m apical_papers.tdca.functions.study --groups large --generations-large 600 --first 40 --seeds 10 \
         --out results/tdca-functions-10d
@@ -36,18 +36,18 @@ from apical_papers.tdca.functions.report import report
 
 FIRST = 20
 NEAR = 0.25
-"""A point is at a minimum if it is at most so far from it, in the learner's coordinates."""
+"""Largest distance from a minimum, in the learner's coordinates, that counts as reaching it."""
 RATES = tuple(10 ** (k / 2) for k in range(-10, 3))
-"""Learning rates of every control that follows the gradient, from 1e-5 to 10."""
+"""Learning rates of every gradient control, from 1e-5 to 10."""
 STRATEGY = Strategy(name="pgpe", population=64, sigma=0.1, step=0.15)
 VALIDATION = 128
-"""Starts by which learning rates of controls are chosen."""
+"""Number of starts for choosing learning rates of controls."""
 LARGE_CAP = 1.5
 """Longest step of networks that move one coordinate at a time."""
 
 
 class Case(NamedTuple):
-    """A function in so many dimensions, and the kind of network evolved on it."""
+    """A function, its number of dimensions, and the kind of network evolved on it."""
 
     function: str
     dimension: int
@@ -55,12 +55,12 @@ class Case(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Name of files."""
+        """Stem of file names."""
         return f"{self.function}-{self.dimension}d-{self.kind}"
 
     @property
     def title(self) -> str:
-        """The function's name and dimension, for people."""
+        """Display name of the function, with its dimension."""
         return f"{self.of.title}, {self.dimension}-D"
 
     @property
@@ -69,7 +69,7 @@ class Case(NamedTuple):
         return function(self.function, self.dimension)
 
     def setting(self, seed: int, starts: int = 32) -> Setting:
-        """What is evolved."""
+        """Return the evolved task."""
         setting = Setting(self.function, self.dimension, self.kind, seed=seed, starts=starts)
         if self.kind == "stateless":
             return replace(setting, cap=0.1, hidden=12)
@@ -82,7 +82,7 @@ FURTHER = tuple(Case(name, 2, "recurrent") for name in ("himmelblau", "griewank"
 LARGE = tuple(Case(name, 10, "coordinate") for name in DECIDING)
 STATELESS = tuple(Case(name, 2, "stateless") for name in DECIDING)
 HUGE, HUGE_STEPS = 30, 180
-"""Networks evolved in ten dimensions are also tested in so many, with so many steps: six per coordinate, as in ten."""
+"""Dimensions and steps of a further test of networks evolved in ten dimensions: six steps per coordinate, as in ten."""
 
 
 @dataclass(frozen=True)
@@ -90,40 +90,40 @@ class Options:
     """Evolved top-down networks against gradient descent, Adam and random points on non-convex functions."""
 
     out: Path
-    """Folder to write; what is finished in it is kept."""
+    """Output folder; finished parts in it are kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions of each case."""
     generations: int = 500
-    """Of evolution on the five functions that decide, in two dimensions."""
+    """Generations of evolution on the five judged functions in two dimensions."""
     generations_large: int = 200
-    """Of evolution in ten dimensions."""
+    """Generations of evolution in ten dimensions."""
     generations_further: int = 100
-    """Of every other evolution."""
+    """Generations of every other evolution."""
     starts: int = 256
     """Held-out starts per meta-seed."""
     first: int = FIRST
     """The first meta-seed; settings were chosen on some below 20."""
     groups: tuple[str, ...] = ("plane", "large", "further", "stateless")
-    """What is run: functions in two dimensions, in ten, two further ones in two, and networks without memory."""
+    """Groups to run: functions in two dimensions, in ten, two further ones in two, and networks without memory."""
     jobs: int = 0
-    """Functions side by side; 0: one per core."""
+    """Functions run in parallel; 0: one per core."""
 
     @property
     def meta_seeds(self) -> range:
-        """All of them."""
+        """All meta-seeds."""
         return range(self.first, self.first + self.seeds)
 
     def length(self, case: Case) -> int:
-        """Generations of a case."""
+        """Return the generations of a case."""
         if case in LARGE:
             return self.generations_large
         return self.generations if case in PLANE else self.generations_further
 
 
 def measured(of: Function, path: Tensor, shifts: Tensor) -> dict[str, float]:
-    """Mean value at the end of paths (T, S, d) and at their best point, and starts that end at a global minimum.
+    """Return the mean value at the end of paths (T, S, d) and at their best point, and starts that end at a global minimum.
 
-    A start that diverges counts as if it had stayed.
+    A start that diverges counts as if it had not moved.
     """
     values = of(path - shifts)
     final = torch.where(values[-1].isfinite(), values[-1], values[0])
@@ -134,7 +134,7 @@ def measured(of: Function, path: Tensor, shifts: Tensor) -> dict[str, float]:
 
 
 def tuned(case: Case, starts: int, steps: int = 60) -> dict[str, Any]:
-    """The mean final value on validation starts for every rate of every control, and its best rate."""
+    """Return the mean final value on validation starts for every rate of every control, and its best rate."""
     x, shifts = draw(starts, case.dimension, Setting().shift, seed_of("validation", case.function, case.dimension))
     scores_of: dict[str, dict[float, float]] = {}
     for method in METHODS:
@@ -148,7 +148,7 @@ def tuned(case: Case, starts: int, steps: int = 60) -> dict[str, Any]:
 
 
 def controls(case: Case, starts: int, steps: int, seed: int, rates: dict[str, float]) -> dict[str, Any]:
-    """Measures of every control from the held-out starts of a meta-seed."""
+    """Return measures of every control from the held-out starts of a meta-seed."""
     x, shifts = held_out(case, starts, seed)
     paths: dict[str, Tensor] = {m: descend(case.of, x, shifts, m, rates[m], steps=steps) for m in METHODS}
     points = best_of_random(case.of, x, shifts, seed_of("random", case.function, case.dimension, seed), steps)
@@ -157,16 +157,16 @@ def controls(case: Case, starts: int, steps: int, seed: int, rates: dict[str, fl
 
 
 def held_out(case: Case, starts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The test starts and shifts of a meta-seed."""
+    """Return the test starts and shifts of a meta-seed."""
     return draw(starts, case.dimension, Setting().shift, seed_of("test", case.function, case.dimension, seed))
 
 
 def evolved(case: Case, options: Options, seeds: Sequence[int], path: Path) -> dict[str, Any]:
-    """Evolve from all meta-seeds, then measure centres and unevolved networks; those for each coordinate also in more
+    """Evolve from all meta-seeds, then measure centres and unevolved networks; coordinate-wise networks also in more
     dimensions.
 
     Args:
-        path: where generations are kept.
+        path: file of saved generations.
     """
     tasks = [Minimisation(case.setting(seed)) for seed in seeds]
     evolution = evolve(tasks, seeds, [t.start for t in tasks], together, STRATEGY, options.length(case), path, every=50)
@@ -194,7 +194,7 @@ def _tested(
 
 
 def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str, Any]:
-    """Rates and measures of the controls of a case, in each of the dimensions tested."""
+    """Return rates and measures of the controls of a case, in each of the dimensions tested."""
     results = {}
     for dimension in (case.dimension, HUGE) if case.kind == "coordinate" else (case.dimension,):
         steps, at = HUGE_STEPS if dimension == HUGE else Setting().steps, case._replace(dimension=dimension)
@@ -205,7 +205,7 @@ def controls_of(case: Case, options: Options, seeds: Sequence[int]) -> dict[str,
 
 
 def cell(options: Options, case: Case) -> dict[str, Any]:
-    """What is kept of a case: its evolutions and their tests, and its controls."""
+    """Return the saved results of a case: its evolutions with their tests, and its controls."""
     parts = options.out / "cells"
     config: dict[str, Any] = {"starts": options.starts, "near": NEAR, "seeds": options.seeds}
     seeds = options.meta_seeds
@@ -219,10 +219,10 @@ def cell(options: Options, case: Case) -> dict[str, Any]:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json, figures and report.html.
+    """Run the unfinished parts, then write results.json, figures and report.html.
 
     Raises:
-        CheckpointError: the folder holds parts of a study with other options.
+        CheckpointError: the folder contains parts of a study with other options.
         ConfigError: a group is unknown.
     """
     every = {"plane": PLANE, "large": LARGE, "further": FURTHER, "stateless": STATELESS}

@@ -1,4 +1,4 @@
-"""What the study of reinforcement learning found: verdicts, tables and figures, from its cells."""
+"""Output of the study of reinforcement learning: verdicts, tables and figures, from its cells."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +71,7 @@ MISSED = {
         ],
     ],
 }
-"""By case: where marks are missed, why, and what was tried."""
+"""Missed marks by case, with reasons and what was tried."""
 METHODS = {
     "gated": "TDCA",
     "state": "TDCA, state",
@@ -88,7 +88,7 @@ LOOKS: dict[str, tuple[str, str, Any]] = {
     "state-shuffled": ("#E69F00", "^", (0, (5, 1.2, 1, 1.2))),
     "reinforce-shuffled": ("#999999", "x", (0, (1.2, 1.2))),
 }
-"""Colour (Okabe and Ito's, but for two), marker and line of each method that is drawn."""
+"""Colour (all but two from Okabe and Ito), marker and line of each plotted method."""
 SHUFFLED = " (shuffled)"
 
 
@@ -100,18 +100,18 @@ def report(
     command: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write results.json, the figures and report.html; returns what results.json holds.
+    """Write results.json, the figures and report.html; return the content of results.json.
 
     Args:
         cases: the environments.
-        cells: of each, its evolutions by stage, and the test of each meta-seed.
+        cells: for each environment, its evolutions by stage, and the test of each meta-seed.
         train: name of the training range.
     """
     parts = [part for stages, tests in cells.values() for part in (*stages.values(), *tests)]
     spent = [{"seconds": part.get("evolution", part["seconds"])} for part in parts]
     settings = {**settings, "seconds of all runs": round(sum(part["seconds"] for part in spent), 1)}
     rows = [row for case in cases for row in verdicts(case, cells[case.stem][1], train)]
-    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
+    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # reproduced rows first
     tables = [
         *(
             each
@@ -126,7 +126,7 @@ def report(
 
 
 def describe(cases: Sequence[Any]) -> dict[str, Any]:
-    """The title, what was done, and how the marks are meant."""
+    """Return the title, what was done, and the meaning of the marks."""
 
     def by_case(values: Sequence[float]) -> str:
         return ", ".join(f"{value:g} ({case.title})" for value, case in zip(values, cases, strict=True))
@@ -138,23 +138,23 @@ def describe(cases: Sequence[Any]) -> dict[str, Any]:
 
 
 def missed(rows: Sequence[Sequence[str]], suggested: str) -> list[Row]:
-    """The table of what does not hold, if there is anything."""
+    """Return the table of missed marks, if there are any."""
     note = f"Reasons are what the {suggested}; none was tested by an experiment of its own."
     return [table("What does not hold, why, and what was tried", note, ["where", "why", "tried"], rows)] if rows else []
 
 
 def ends(cells: Cells, method: str, place: str) -> list[float]:
-    """Mean return at the end of lifetimes, one value per meta-seed."""
+    """Return the mean return at the end of lifetimes, one value per meta-seed."""
     return series(cells, "methods", method, "end", place)
 
 
 def untrained(cells: Cells, method: str) -> list[float]:
-    """Mean return in the first update of the training range, before learning, one value per meta-seed."""
+    """Return the mean return in the first update of the training range, before learning, one value per meta-seed."""
     return series(cells, "methods", method, "curve", 0)
 
 
 def above(rule: str, what: str, values: Sequence[float], others: Sequence[float], mark: float = 0.0) -> Row:
-    """A verdict on values minus others: reproduced if the interval of their mean lies above the mark."""
+    """Judge values minus others: reproduced if the interval of their mean lies above the mark."""
     moved = difference("E6", rule, what, values, [other + mark for other in others], less=False)
     for key in ("mean", "low", "high"):
         moved[key] += mark
@@ -162,20 +162,20 @@ def above(rule: str, what: str, values: Sequence[float], others: Sequence[float]
 
 
 def within(rule: str, what: str, values: Sequence[float], others: Sequence[float], most: float) -> Row:
-    """A verdict on how near the mean of values minus others is to 0."""
+    """Judge how close the mean of values minus others is to 0."""
     row = above(rule, what, values, others)
     holds = abs(row["mean"]) <= most
     return {**row, "mark": f"mean within ±{most:g}", "verdict": "reproduced" if holds else "not reproduced"}
 
 
 def not_below(rule: str, what: str, values: Sequence[float], others: Sequence[float], start: Sequence[float]) -> Row:
-    """A verdict on values minus others: reproduced if the interval lies above minus 10 % of what others gain from start."""
+    """Judge values minus others: reproduced if the interval lies above minus 10 % of what the others gain."""
     margin = 0.1 * (sum(others) - sum(start)) / len(others)
     return above(rule, what, values, others, -round(margin, 1))
 
 
 def verdicts(case: Any, cells: Cells, train: str) -> list[Row]:
-    """The marks of one environment, for both stages."""
+    """Return the verdicts on one environment, for both stages."""
     rows = []
     theirs = ends(cells, "reinforce", train)
     for method, rule in (("gated", "tdca-gated"), ("state", "tdca-gated-state")):
@@ -201,7 +201,7 @@ def verdicts(case: Any, cells: Cells, train: str) -> list[Row]:
 
 
 def ends_table(case: Any, cells: Cells, train: str, methods: Mapping[str, str]) -> dict[str, Any]:
-    """What policies of a case come to, under each of the methods, which have titles."""
+    """Return a table of final returns of a case under each of the titled methods."""
     rows = [[place, *(ends(cells, method, place) for method in methods)] for place in (train, *case.unseen)]
     rows.append([train + SHUFFLED, *(ends(cells, f"{method}-shuffled", train) for method in methods)])
     rows.append([f"{train}, before learning", *(untrained(cells, method) for method in methods)])
@@ -239,7 +239,7 @@ def _ungated(cells: Cells, train: str) -> dict[str, Any]:
 
 
 def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
-    """Returns by learning rate on validation lifetimes."""
+    """Return a table of returns by learning rate on validation lifetimes."""
     names = [name for name in cells[0]["methods"] if "returns" in cells[0]["methods"][name]]
     rates = list(cells[0]["methods"][names[0]]["returns"])
     rows = [
@@ -255,13 +255,13 @@ def rates_table(case: Any, cells: Cells) -> dict[str, Any]:
 
 
 def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cells]], train: str) -> list[Drawing]:
-    """Learning curves with the shuffled controls, returns by setting, and the course of evolution."""
+    """Draw learning curves with the shuffled controls, returns by setting, and the course of evolution."""
     return [
         render(
             "learning_curves",
             "Learning in the training range",
             "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-            "Shuffled: the same rules, with advantages dealt out anew among time steps.",
+            "Shuffled: the same rules, with advantages permuted among time steps.",
             curves(cases, {stem: tests for stem, (_, tests) in cells.items()}, LOOKS, METHODS),
         ),
         render(
@@ -274,19 +274,19 @@ def draw(cases: Sequence[Any], cells: Mapping[str, tuple[Mapping[str, Any], Cell
             "evolution",
             "Course of evolution",
             "Mean fitness of the population (return over whole lifetimes), a line per meta-seed; the second stage "
-            "begins at the dashed line. Each generation has settings and initial weights of its own, so neighbours "
-            "differ in difficulty.",
+            "starts at the dashed line. Each generation has its own settings and initial weights, so neighbouring "
+            "generations differ in difficulty.",
             _evolution(cases, cells),
         ),
     ]
 
 
 def curves(cases: Sequence[Any], cells: Mapping[str, Cells], looks: Mapping[str, Any], names: Mapping[str, str]) -> Figure:
-    """Mean return by update, a panel for each case.
+    """Draw the mean return by update, a panel for each case.
 
     Args:
-        cells: of each case, the test of each meta-seed.
-        looks: colour, marker and line of each method that is drawn; of a control, under the method's name and "-shuffled".
+        cells: for each case, the test of each meta-seed.
+        looks: colour, marker and line of each plotted method; for a control, under the method's name and "-shuffled".
         names: titles of methods.
     """
     figure = Figure(figsize=(7.0, 3.4))

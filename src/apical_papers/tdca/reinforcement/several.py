@@ -1,14 +1,14 @@
-"""One evolved top-down network for several tasks of reinforcement learning, and on a task that it never met.
+"""One evolved top-down network for several tasks of reinforcement learning, also tested on an unseen task.
 
     python -m apical_papers.tdca.reinforcement.several --out results/tdca-several
 
-CartPole, Pendulum and Acrobot have different numbers of observations and actions. What they have in common is an action, its
+CartPole, Pendulum and Acrobot have different numbers of observations and actions. Common to them are an action, its
 probability and its advantage, so a network that sends to one logit at a time, from the action's probability and whether it
-was taken, serves all of them (`by_action` of :class:`apical.evolution.reinforcement.Setting`). From each meta-seed it is
+was taken, works for all of them (`by_action` of :class:`apical.evolution.reinforcement.Setting`). From each meta-seed it is
 evolved seven times: on the three tasks together, on each pair of them, and on each alone. The first is tested on each task;
-so is the network that was evolved on the other two, and that evolved on the task alone. Fitness is the mean over tasks of
-the return over a lifetime, divided by the size of a return. Tests, controls and learning rates are those of
-:mod:`apical_papers.tdca.reinforcement.study`. What is finished stays in the folder; the same command continues there."""
+so are the network evolved on the other two, and the one evolved on the task alone. Fitness is the mean over tasks of the
+return over a lifetime, divided by the size of a return. Tests, controls and learning rates are those of
+:mod:`apical_papers.tdca.reinforcement.study`. Finished parts are kept in the folder; the same command continues there."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,13 +42,13 @@ from apical_papers.tdca.reinforcement.report import (
 from apical_papers.tdca.reinforcement.study import CASES, RATES, STRATEGY, TRAIN, Case, end_returns, measured
 
 FIRST = 60
-"""The first meta-seed; settings were chosen on some below 20."""
+"""The first meta-seed; settings were chosen on meta-seeds below 20."""
 NETWORKS: dict[str, tuple[str, ...]] = {
     "all": tuple(CASES),
     **{f"without-{stem}": tuple(name for name in CASES if name != stem) for stem in CASES},
     **{stem: (stem,) for stem in CASES},
 }
-"""What a network is evolved on."""
+"""Tasks on which a network is evolved."""
 METHODS = {
     "all": "TDCA, one for all",
     "others": "TDCA, other tasks",
@@ -100,7 +100,7 @@ MISSED = [
         "nothing; more meta-seeds would narrow the intervals",
     ],
 ]
-"""Where marks are missed, why, and what was tried."""
+"""Missed marks, with reasons and what was tried."""
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,30 @@ class Options:
     """One evolved top-down network for several tasks of reinforcement learning."""
 
     out: Path
-    """Folder to write; what is finished in it is kept."""
+    """Output folder; finished parts in it are kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions of each network."""
     generations: int = 40
-    """Of every evolution."""
+    """Generations of every evolution."""
     lifetimes: int = 16
-    """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
+    """New policies per setting and meta-seed for tests, and per learning rate for choosing it."""
     jobs: int = 0
-    """Evolutions, then tests, side by side; 0: one per core."""
+    """Evolutions, then tests, run in parallel; 0: one per core."""
 
     @property
     def meta_seeds(self) -> range:
-        """All of them."""
+        """All meta-seeds."""
         return range(FIRST, FIRST + self.seeds)
 
 
 def task(stem: str, seed: int) -> Reinforcement:
-    """A task whose networks send to one logit at a time."""
+    """Return a task whose networks send to one logit at a time."""
     return Reinforcement(replace(CASES[stem].setting, by_action=True, seed=seed))
 
 
 def mean_share(tasks: Sequence[tuple[Reinforcement, ...]], populations: Tensor, generation: int) -> Tensor:
-    """Fitness (S, P) of populations (S, P, D), one for each of S meta-seeds with the same tasks: the mean over these of the
-    return over a lifetime, in sizes of a return."""
+    """Return the fitness (S, P) of populations (S, P, D), one for each of S meta-seeds with the same tasks: the mean over
+    these of the return over a lifetime, divided by the size of a return."""
     shares = [
         together(of_task, populations, generation) / of_task[0].setting.returns for of_task in zip(*tasks, strict=True)
     ]
@@ -139,7 +139,7 @@ def mean_share(tasks: Sequence[tuple[Reinforcement, ...]], populations: Tensor, 
 
 
 def evolution(options: Options, name: str) -> dict[str, Any]:
-    """The evolutions of a network from all meta-seeds."""
+    """Run the evolutions of a network from all meta-seeds."""
     path = options.out / "cells" / f"{name}.json"
     tasks = [tuple(task(stem, seed) for stem in NETWORKS[name]) for seed in options.meta_seeds]
     settings = [asdict(each.setting) for each in tasks[0]]
@@ -150,10 +150,10 @@ def evolution(options: Options, name: str) -> dict[str, Any]:
 
 
 def trial(options: Options, centers: Mapping[str, Sequence[Sequence[float]]], part: tuple[str, int]) -> dict[str, Any]:
-    """The test of a meta-seed's networks on a task.
+    """Test a meta-seed's networks on a task.
 
     Args:
-        centers: of each network, the weights from every meta-seed.
+        centers: for each network, the weights from every meta-seed.
         part: the task and the meta-seed.
     """
     stem, seed = part
@@ -174,7 +174,7 @@ Cells = Sequence[Mapping[str, Any]]
 
 
 def verdicts(case: Case, cells: Cells) -> list[Row]:
-    """The marks on a task."""
+    """Return the verdicts on a task."""
     where, begun = f"{case.title}, {TRAIN}", untrained(cells, "reinforce")
     theirs, own = ends(cells, "reinforce", TRAIN), ends(cells, "own", TRAIN)
     rows = []
@@ -195,7 +195,7 @@ def verdicts(case: Case, cells: Cells) -> list[Row]:
 
 
 def sent(weights: Tensor, pi: Tensor) -> Tensor:
-    """What networks (S, D) send to a logit at probabilities (n,), per advantage: (S, 2, n), not taken and taken."""
+    """Return what networks (S, D) send to a logit at probabilities (n,), per advantage: (S, 2, n), not taken and taken."""
     layers = task("cart-pole", 0).network.layers(weights)
     inputs = torch.stack([torch.stack([pi, torch.full_like(pi, taken)]) for taken in (0.0, 1.0)], 1)  # (2, 2, n)
     signals = evaluate(layers, inputs.flatten(1).expand(len(weights), -1, -1).contiguous())  # (S, 1, 2 n)
@@ -203,10 +203,10 @@ def sent(weights: Tensor, pi: Tensor) -> Tensor:
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json, figures and report.html.
+    """Run the unfinished parts, then write results.json, figures and report.html.
 
     Raises:
-        CheckpointError: the folder holds parts of a study with other options.
+        CheckpointError: the folder contains parts of a study with other options.
     """
     evolutions = in_order(options.jobs, NETWORKS, partial(evolution, options), options.out)
     centers = {name: content["centers"] for name, content in zip(NETWORKS, evolutions, strict=True)}
@@ -218,7 +218,7 @@ def study(options: Options, command: str) -> dict[str, Any]:
     cells = {stem: [test for (of, _), test in zip(parts, tests, strict=True) if of == stem] for stem in CASES}
     cases = list(CASES.values())
     rows = [row for case in cases for row in verdicts(case, cells[case.stem])]
-    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # first what holds
+    rows.sort(key=lambda row: bool(row["verdict"] != "reproduced"))  # reproduced rows first
     tables = [ends_table(case, cells[case.stem], TRAIN, METHODS) for case in cases]
     tables += [*missed(MISSED, "tables suggest"), *(rates_table(case, cells[case.stem]) for case in cases)]
     pi = torch.linspace(0, 1, 101)
@@ -227,14 +227,14 @@ def study(options: Options, command: str) -> dict[str, Any]:
             "learning_curves",
             "Learning in the training range",
             "Mean return of new policies in each update; line and band: mean over meta-seeds with 95 % interval. "
-            "Shuffled: the same networks, with advantages dealt out anew among time steps.",
+            "Shuffled: the same networks, with advantages permuted among time steps.",
             curves(cases, cells, LOOKS, METHODS),
         ),
         render(
             "credit",
             "The credit that was evolved",
-            "What the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
-            "meta-seed, scaled to the size of what is sent by hand, p - y (dashed).",
+            "Credit that the networks evolved on all tasks send to a logit, by the action's probability: a line for each "
+            "meta-seed, scaled to the size of the hand-built credit, p - y (dashed).",
             credit_figure(pi, sent(torch.tensor(centers["all"]), pi), TAKEN, "probability of the action", UP),
         ),
     ]

@@ -4,12 +4,12 @@
     python -m apical_papers.tdca.reinforcement.study --cases acrobot --out results/tdca-acrobot
 
 In two stages, networks are evolved from several meta-seeds on a narrow range of settings (see
-:mod:`apical.evolution.reinforcement`): gated by the advantage and blind to the state; then, from where the first stage
-ended, with the state, progress and return as further inputs. They then train new policies, from initial weights never used
-before, on settings of that range and on six far outside it. Every rule has its learning rate from one grid, chosen on
-validation lifetimes of the training range. Every network is also tested with shuffled advantages: what still scores has
-learned the task by heart. What is finished stays in the folder, evolution generation by generation; the same command
-continues from there."""
+:mod:`apical.evolution.reinforcement`): gated by the advantage and without access to the state; then, starting from the first
+stage, with the state, progress and return as further inputs. They then train new policies, from unused initial weights, on
+settings of that range and on six far outside it. Every rule has its learning rate from one grid, chosen on validation
+lifetimes of the training range. Every network is also tested with shuffled advantages: a network that still scores has
+memorised the task. Finished parts are kept in the folder, evolution generation by generation; the same command continues
+from there."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -34,12 +34,12 @@ from apical_papers.tdca.evolution import evolve
 from apical_papers.tdca.reinforcement.report import report
 
 FIRST = 20
-"""The first meta-seed; settings were chosen on others, below it."""
+"""The first meta-seed; settings were chosen on lower ones."""
 RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 """Learning rates of every rule."""
 STRATEGY = Strategy(name="pgpe", population=64, sigma=0.2, step=0.15)
 SECOND = replace(STRATEGY, sigma=0.06)
-"""Of the second stage, which begins where the first ended."""
+"""Strategy of the second stage, which starts where the first ended."""
 TRAIN = "training range"
 
 
@@ -48,12 +48,12 @@ class Case:
     """An environment of the study.
 
     Attributes:
-        stem: name of files.
-        title: for people.
-        setting: what is evolved, and in which range.
-        unseen: name -> setting and its value, far outside the range; everything else is gymnasium's.
+        stem: stem of file names.
+        title: display name.
+        setting: the evolved task and its range.
+        unseen: name -> setting and its value, far outside the range; everything else is gymnasium's default.
         gain: mark for the return at the end minus that before learning.
-        harmless: mark for how far shuffled advantages may move the return, either way.
+        harmless: mark for the largest change of the return, in either direction, under shuffled advantages.
     """
 
     stem: str
@@ -122,35 +122,35 @@ class Options:
     """Evolved top-down networks against REINFORCE on classic control tasks."""
 
     out: Path
-    """Folder to write; what is finished in it is kept."""
+    """Output folder; finished parts in it are kept."""
     seeds: int = 5
     """Meta-seeds: independent evolutions."""
     generations: int = 60
-    """Of the first stage."""
+    """Generations of the first stage."""
     generations_state: int = 20
-    """Of the second stage, in which networks see the state."""
+    """Generations of the second stage, in which networks see the state."""
     generations_ungated: int = 15
-    """Of networks whose credit is not gated, on CartPole."""
+    """Generations of networks with ungated credit, on CartPole."""
     lifetimes: int = 16
-    """New policies per setting and meta-seed, for tests, and per learning rate, for choosing it."""
+    """New policies per setting and meta-seed for tests, and per learning rate for choosing it."""
     cases: tuple[str, ...] = ("cart-pole", "pendulum")
-    """Of cart-pole, pendulum and acrobot."""
+    """Cases to run, from cart-pole, pendulum and acrobot."""
     jobs: int = 0
-    """Cases side by side; 0: one per core."""
+    """Cases run in parallel; 0: one per core."""
 
 
 def new_policies(task: Reinforcement, name: str, seed: int, count: int) -> tuple[Tensor, list[int]]:
-    """Initial policies (count, n) and the seeds of their lifetimes."""
+    """Return initial policies (count, n) and the seeds of their lifetimes."""
     seeds = [seed_of(name, seed, k) for k in range(count)]
     return torch.stack([task.policy.start(seed_of(item, "policy")) for item in seeds]), seeds
 
 
 CreditsOf = Callable[[int], Credits]
-"""From a number of policies to where their credits come from."""
+"""Maps a number of policies to the source of their credits."""
 
 
 def tuned(task: Reinforcement, credits_of: CreditsOf, seed: int, count: int) -> dict[str, Any]:
-    """Mean return at the end of `count` validation lifetimes in the training range per learning rate, and the best rate."""
+    """Return the mean final return of `count` validation lifetimes in the training range by rate, and the best rate."""
     start, seeds = new_policies(task, "validation", seed, count)
     settings = {name: np.tile(values, len(RATES)) for name, values in task.drawn(seed_of("validation", seed), count).items()}
     rates = torch.tensor(RATES).repeat_interleave(count)
@@ -163,7 +163,7 @@ def tuned(task: Reinforcement, credits_of: CreditsOf, seed: int, count: int) -> 
 
 
 def places_of_test(case: Case, task: Reinforcement, seed: int, count: int) -> dict[str, Array]:
-    """Settings of the training range, `count` times, then each of the unseen ones, `count` times."""
+    """Return settings of the training range, `count` times, then each of the unseen ones, `count` times."""
     drawn, usual = task.drawn(seed_of("test", seed), count), task.environment.settings
     names = {*drawn, *(name for name, _ in case.unseen.values())}
     return {
@@ -178,7 +178,7 @@ def places_of_test(case: Case, task: Reinforcement, seed: int, count: int) -> di
 
 
 def trial(case: Case, task: Reinforcement, seed: int, count: int, credits_of: CreditsOf, rate: float) -> dict[str, Any]:
-    """Mean return at the end of lifetimes for each setting, and in every update in the training range."""
+    """Return the mean return at the end of lifetimes for each setting, and in every update in the training range."""
     start, seeds = new_policies(task, "test", seed, count)
     places = (TRAIN, *case.unseen)
     returns, _ = task.live(
@@ -193,10 +193,10 @@ def trial(case: Case, task: Reinforcement, seed: int, count: int, credits_of: Cr
 
 
 def measured(case: Case, networks: dict[str, tuple[Reinforcement, Tensor]], seed: int, count: int) -> dict[str, Any]:
-    """Test a meta-seed: every network and control with a rate of its own, then each with shuffled advantages.
+    """Test a meta-seed: every network and control at its own rate, then each with shuffled advantages.
 
     Args:
-        networks: name -> the task as the network meets it, and the network's weights.
+        networks: name -> the task in the form the network sees, and the network's weights.
     """
     task = next(iter(networks.values()))[0]
     rules: dict[str, tuple[Reinforcement, CreditsOf]] = {
@@ -219,7 +219,7 @@ def _shuffled(credits_of: CreditsOf, seed: int, count: int) -> Credits:
 
 
 def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The evolutions of a case, and what is kept of the test of each meta-seed."""
+    """Return the evolutions of a case, and the saved test of each meta-seed."""
     parts, seeds = options.out / "cells", range(FIRST, FIRST + options.seeds)
     parts.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {"setting": asdict(case.setting), "strategy": asdict(STRATEGY), "seeds": options.seeds}
@@ -228,7 +228,7 @@ def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, A
     networks: dict[str, list[tuple[Reinforcement, Tensor]]] = {}
 
     def stage(name: str, begun: list[tuple[Reinforcement, Tensor]], strategy: Strategy, generations: int) -> None:
-        """Evolve from tasks with first networks, one for each meta-seed."""
+        """Evolve from tasks with initial networks, one for each meta-seed."""
         config[f"generations of {name}"] = generations
         tasks, first = zip(*begun, strict=True)
         path = parts / f"{case.stem}-{name}.json"
@@ -252,16 +252,16 @@ def cell(options: Options, case: Case) -> tuple[dict[str, Any], list[dict[str, A
 
 
 def end_returns(test: Mapping[str, Any]) -> dict[str, float]:
-    """Mean return of every method in the training range, at the end."""
+    """Format the mean final return of every method in the training range."""
     return {name: round(record["end"][TRAIN], 1) for name, record in test["methods"].items()}
 
 
 def study(options: Options, command: str) -> dict[str, Any]:
-    """Run what is not finished yet, then write results.json, figures and report.html.
+    """Run the unfinished parts, then write results.json, figures and report.html.
 
     Raises:
         ConfigError: a case is unknown, or named twice.
-        CheckpointError: the folder holds parts of a study with other options.
+        CheckpointError: the folder contains parts of a study with other options.
     """
     if not options.cases or len({*options.cases}) < len(options.cases):
         raise ConfigError(f"--cases must name each case once; got {' '.join(options.cases) or 'none'}")
