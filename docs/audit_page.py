@@ -48,9 +48,9 @@ def findings(audit: Row) -> str:
         "</details>",
     ]
     if claims := _claims(audit, numbers):
-        parts.append(f"Otherwise than in {audit['claims']}: {claims}.")
+        parts.append(f"Unlike {audit['claims']}: {claims}.")
     if audit["refused"]:
-        reasons = "; ".join(f"`{rule}`, for {why}" for rule, why in audit["refused"].items())
+        reasons = "; ".join(f"`{rule}`, because {why}" for rule, why in audit["refused"].items())
         parts.append(f"Not audited: {reasons}.")
     return "\n\n".join(parts)
 

@@ -45,11 +45,11 @@ def tuning(folder: Path) -> list[str]:
     header = ("rule", "test accuracy, % [95 %]", "seeds", "tuned", "bracketed", "validation, %", "trials (diverged)")
     outside = [rule for rule, row in rules.items() if row["ends"]]
     about = (
-        f"Every rule had as many trials, judged by {plan['validation']:,} training images that were held out; the best was "
+        f"Every rule had the same number of trials, judged on {plan['validation']:,} held-out training images; the best was "
         f"trained again with new seeds, the same for all rules, and tested once. Budget of a run: {plan['epochs']} epochs "
         f"of {plan['train_limit'] or 'all'} images in batches of {plan['batch_size']}. Intervals: bootstrap over seeds."
     )
-    loose = [f"Not bracketed: {', '.join(f'`{rule}`' for rule in outside)}; their best may lie beyond what was tried."]
+    loose = [f"Not bracketed: {', '.join(f'`{rule}`' for rule in outside)}; their best may lie outside the tried range."]
     return ["## Tuned alike", about, *(loose if outside else []), fitting(header, lines), *not_run(folder)]
 
 
