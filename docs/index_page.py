@@ -173,8 +173,8 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     about = (
         "Every number on these pages is computed from files under `results/` in the repository, written by the commands "
         "named on them; {doc}`../how-results-are-made` says how. *Size* is relative to `--budget paper`, the paper's epochs "
-        "and at least as many seeds: full, how it was shortened, or not run. *Reproduced* counts verdicts, out of those that "
-        "could be decided; {doc}`reproductions` has every verdict on one page."
+        "and at least as many seeds: full, how it was shortened, or not run. *Reproduced* counts verdicts, out of those "
+        "that could be decided; {doc}`reproductions` has every verdict on one page."
     )
     rows = []
     for target, each in tables().items():

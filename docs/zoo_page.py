@@ -23,8 +23,8 @@ def zoo_page(zoo: Row) -> str:
         "Small versions of common models, each with every rule. ✓ means that every applicable check "
         "of {py:func}`~apical.testing.check_model` passed: by intervention, each layer gets the rule's credit, and nothing "
         "gets backpropagation's instead. A number refers to the reason, below the table, why the rules of the column "
-        "refuse the model. Rules that simulate or invert a whole network accept only chains and rows of blocks, as few of "
-        "these models are. {doc}`bring-your-own-model` has the remedies.",
+        "refuse the model. Rules that simulate or invert a whole network accept only chains and rows of blocks; few of "
+        "these models qualify. {doc}`bring-your-own-model` has the remedies.",
     ]
     rows = zoo.get("rows") or []
     if not rows:
