@@ -43,14 +43,14 @@ def findings(audit: Row) -> str:
         f"Computed by `{audit['command']}` on {audit['model']}, after {epochs} of {audit['data']}. "
         "✓ yes, ~ partly, ✗ no, - not applicable.",
         signs(("rule", *(str(numbers[key]) for key in asked)), lines),
-        "<details><summary>Robustness in degrees by which updates turn, and cost</summary>",
+        "<details><summary>Robustness, in degrees by which updates turn, and cost</summary>",
         signs(("rule", *(str(i) for key, i in numbers.items() if key in measured)), counts, 1),
         "</details>",
     ]
     if claims := _claims(audit, numbers):
-        parts.append(f"Unlike {audit['claims']}: {claims}.")
+        parts.append(f"Differs from {audit['claims']}: {claims}.")
     if audit["refused"]:
-        reasons = "; ".join(f"`{rule}`, because {why}" for rule, why in audit["refused"].items())
+        reasons = "; ".join(f"`{rule}`, for {why}" for rule, why in audit["refused"].items())
         parts.append(f"Not audited: {reasons}.")
     return "\n\n".join(parts)
 

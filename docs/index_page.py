@@ -172,9 +172,9 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
     """
     about = (
         "Every number on these pages is computed from files under `results/` in the repository, written by the commands "
-        "named on them; {doc}`../how-results-are-made` says how. *Size* is relative to `--budget paper`, the paper's epochs "
-        "and at least as many seeds: full, how it was shortened, or not run. *Reproduced* counts verdicts, out of those "
-        "that could be decided; {doc}`reproductions` has every verdict on one page."
+        "that the pages name; {doc}`../how-results-are-made` explains how. *Size* is relative to `--budget paper`, the "
+        "paper's epochs and at least as many seeds: full, how it was shortened, or not run. *Reproduced* counts verdicts, "
+        "out of all that could be decided; {doc}`reproductions` has every verdict on one page."
     )
     rows = []
     for target, each in tables().items():
@@ -183,7 +183,7 @@ def results_index(pages: Mapping[str, str], known: Mapping[str, Standing]) -> st
         rows += [] if mine else [[f"`{target}`", without_epochs(each.title), data(each), "not run", "", "", "", ""]]
     shown = [standing for name, standing in known.items() if name in pages]
     core = [target for target in tables() if target.partition("/")[0] in CORE]
-    count = f"{_counted([*tables()], shown)} Of the four papers with which the package began: {_counted(core, shown)}"
+    count = f"{_counted([*tables()], shown)} Of the four papers that the package began with: {_counted(core, shown)}"
     header = ("table", "what it is", "data", "size", "reproduced", "machine", "hours", "commit")
     others = [
         [f"[{text}]({name}.md)", *_where(known[name])]

@@ -23,9 +23,9 @@ def reproduction_page(records: Sequence[Row]) -> str:
     parts = [
         NOTE,
         "# Reproduced on demand",
-        "Results of `apical reproduce PAPER/TABLE`; {doc}`../how-results-are-made` says how verdicts are computed. Ours is "
-        "the mean over n seeds (or draws, or evolutions) with its 95 % interval; with few seeds a bootstrap interval is too "
-        "narrow. Times were measured on two virtual CPU cores shared with other work, so they are upper bounds.",
+        "Results of `apical reproduce PAPER/TABLE`; {doc}`../how-results-are-made` explains how verdicts are computed. Ours "
+        "is the mean over n seeds (or draws, or evolutions) with its 95 % interval; with few seeds a bootstrap interval is "
+        "too narrow. Times are for two virtual CPU cores shared with other work, so they are upper bounds.",
         table(("table", "budget", "minutes", *VERDICTS), [_line(record) for record in records], numeric_from=2),
     ]
     return joined([*parts, *(part for record in records for part in _section(record))])

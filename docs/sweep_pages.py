@@ -45,11 +45,11 @@ def tuning(folder: Path) -> list[str]:
     header = ("rule", "test accuracy, % [95 %]", "seeds", "tuned", "bracketed", "validation, %", "trials (diverged)")
     outside = [rule for rule, row in rules.items() if row["ends"]]
     about = (
-        f"Every rule had the same number of trials, judged on {plan['validation']:,} held-out training images; the best was "
+        f"All rules had the same number of trials, scored on {plan['validation']:,} held-out training images; the best was "
         f"trained again with new seeds, the same for all rules, and tested once. Budget of a run: {plan['epochs']} epochs "
         f"of {plan['train_limit'] or 'all'} images in batches of {plan['batch_size']}. Intervals: bootstrap over seeds."
     )
-    loose = [f"Not bracketed: {', '.join(f'`{rule}`' for rule in outside)}; their best may lie outside the tried range."]
+    loose = [f"Not bracketed: {', '.join(f'`{rule}`' for rule in outside)}; their best may lie outside the range tried."]
     return ["## Tuned alike", about, *(loose if outside else []), fitting(header, lines), *not_run(folder)]
 
 
@@ -71,7 +71,7 @@ def not_run(folder: Path) -> list[str]:
     left.sort(key=lambda rule: costs.get(rule, {}).get("seconds", float("inf")))
     takes = [f"`{rule}` {_seconds(costs.get(rule, {}))}" for rule in left]
     runs = len(RATES) + SEEDS
-    said = f"Not run, with the processor time, on a busy machine, of one of the {runs} runs that a rule takes: "
+    said = f"Not run, with the processor time (on a busy machine) of one of the {runs} runs per rule: "
     return [*others, *([f"{said}{', '.join(takes)}."] if takes else [])]
 
 

@@ -504,7 +504,7 @@ def test_audits_are_tables_of_numbered_criteria_in_which_equal_rows_of_a_class_a
     assert found["criteria"] == "Columns are the criteria above: **1** No transport."
     assert "| rule | 1 |\n| --- | --- |\n| `bp` | ✗ |\n| `pfa` `pfa-o` | ✓ |" in found["perceptron"]
     assert "`pfa` on 1 is yes, claimed no" in found["perceptron"]
-    assert "Not audited: `dfc`, because it is no chain." in found["perceptron"]
+    assert "Not audited: `dfc`, for it is no chain." in found["perceptron"]
     assert found["transformer"] == "Not kept yet: `apical audit --out results/audit-gpt`."
 
 
