@@ -78,7 +78,7 @@ def why(measured: Mapping[str, Row]) -> list[str]:
     control = next(row for row in measured["control"]["rows"] if row["rule"] == "dfc")
     fastest = max(measured["evolution"]["rows"], key=lambda row: row["speed_up"])
     return [
-        f"**Right or refused.** Of {len(zoo)} pairs of {len({row['model'] for row in zoo})} models as people write them and "
+        f"**Right or refused.** Of {len(zoo)} pairs of {len({row['model'] for row in zoo})} common models and "
         f"{len({row['rule'] for row in zoo})} rules, {trained} train with every check by intervention passed, "
         f"{len(zoo) - trained - faults} are refused with the remedy, {faults} get something else ([which](docs/zoo.md)).",
         f"**Cheap.** A step under `fa`, `kp`, `pfa` or `pfa-o` takes, relative to backpropagation, {by_model} (median of "

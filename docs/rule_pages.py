@@ -99,10 +99,10 @@ def audit_part(names: Sequence[str], root: Path) -> list[str]:
         if key in titles
     ]
     if not rows:
-        return ["## Audit", "The audit that is kept here does not have this rule."]
+        return ["## Audit", "The kept audit does not include this rule."]
     about = (
         f"Computed by `{audit['command']}` on {audit['model']}; {{doc}}`/audit` says how. "
-        "✓ yes, ~ partly, ✗ no, - not applicable. {doc}`/choose` has all rules side by side."
+        "✓ yes, ~ partly, ✗ no, - not applicable. {doc}`/choose` compares all rules."
     )
     forms = [f"`{row['rule']}` with {row['form']}" for row in audit["rows"] if row["rule"] in names and row.get("form")]
     about += f" Examined in the form that computes as the network would: {'; '.join(forms)}." if forms else ""
@@ -122,7 +122,7 @@ def results_part(names: Sequence[str], root: Path) -> list[str]:
     parts = ["## Results"]
     if rows:
         header = ("comparison", "rule", "reference numbers", "seeds", "epochs", "score", "backpropagation")
-        parts += ["Test accuracy in %, or test loss where targets are numbers; mean ± standard deviation over seeds."]
+        parts += ["Test accuracy in %, or test loss for numeric targets; mean ± standard deviation over seeds."]
         parts += [f":::{{container}} stacked compared\n{table(header, rows, numeric_from=3)}\n:::"]
     further = []
     for folder in own_studies(root):
@@ -159,7 +159,7 @@ def scores(rows: Sequence[Row], name: str) -> list[str]:
 def cost_part(names: Sequence[str], root: Path) -> list[str]:
     """Time and memory of a step relative to backpropagation, wherever it was measured."""
     rows = [row for row in benchmark_rows(root) if row["rule"] in names]
-    about = "A training step against backpropagation's in the same run; {doc}`/benchmarks` says how this was measured."
+    about = "A training step relative to backpropagation's in the same run; {doc}`/benchmarks` says how this was measured."
     columns: dict[str, Cell] = {
         "rule": code("rule"),
         "model": setting,

@@ -20,11 +20,11 @@ def zoo_page(zoo: Row) -> str:
     parts = [
         NOTE,
         "# Which rule trains which model",
-        "Small versions of models as people write them, each with every rule. ✓ means that every applicable check "
+        "Small versions of common models, each with every rule. ✓ means that every applicable check "
         "of {py:func}`~apical.testing.check_model` passed: by intervention, each layer gets the rule's credit, and nothing "
-        "gets backpropagation's in its place. A number is that of the reason, below the table, why rules of the column "
-        "refuse the model. Rules that simulate or invert a whole network take chains and rows of blocks only, which few of "
-        "these models are. {doc}`bring-your-own-model` has the remedies.",
+        "gets backpropagation's instead. A number refers to the reason, below the table, why the rules of the column "
+        "refuse the model. Rules that simulate or invert a whole network accept only chains and rows of blocks; few of "
+        "these models qualify. {doc}`bring-your-own-model` has the remedies.",
     ]
     rows = zoo.get("rows") or []
     if not rows:
@@ -38,14 +38,14 @@ def zoo_page(zoo: Row) -> str:
     ]
     parts += [
         table(("column", "rules"), [[letter, merged(group)] for letter, group in columns.items()], 99),
-        "A rule's page lists its short names; those in brackets are the ones meant, where others stand in another column.",
+        "A rule's page lists its short names; names in brackets are given if other names of the rule are in another column.",
         signs(("model", *columns), body),
         *_faults(rows, models),
         "## Refused because",
         "\n".join(f"{i}. {_plain(why)}.\n   *In {_where(why, rows, models)}.*" for i, why in enumerate(reasons, 1)),
         "## What was checked",
         "All models were run in double precision. Compilation is slow, so one rule of each kind, feedback edges and cuts, "
-        "was compiled; `check_model` compiles any rule on a model of yours.",
+        "was compiled; `check_model` compiles any rule on your own model.",
         _checks(zoo["checks"], rows),
     ]
     about = {"command": "python benchmarks/zoo.py", "seconds": zoo.get("seconds"), **(zoo.get("environment") or {})}

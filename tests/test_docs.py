@@ -148,7 +148,7 @@ def test_the_audit_becomes_a_table_to_choose_by_and_a_row_on_each_page(tmp_path:
     assert "| `fa` | No transport | ✓ | moved by 0 |" in page
     assert "moved by 3" not in page
     absent = generate.rule_blocks(apical.WeightMirror, tmp_path)["measured"]
-    assert "The audit that is kept here does not have this rule." in absent
+    assert "The kept audit does not include this rule." in absent
     assert "None are kept here yet." in absent
 
 

@@ -104,7 +104,7 @@ def test_why_is_counted_from_the_benchmarks() -> None:
         "evolution": {"rows": [{"chunk": None, "speed_up": 1.0}, {"chunk": 64, "speed_up": 6.69}]},
     }
     zoo, cheap, control, population = page.why(measured)
-    assert "6 pairs of 2 models as people write them and 3 rules, 2 train" in zoo
+    assert "6 pairs of 2 common models and 3 rules, 2 train" in zoo
     assert "3 are refused with the remedy, 1 get something else" in zoo
     assert "1.10 to 1.30 on MLP, batch 8, float32 (median of 5 rounds" in cheap
     assert "3.0 times backpropagation's" in control
