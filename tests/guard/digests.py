@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 VOLATILE = {
-    *("command", "commit", "cpu", "cpu_seconds", "device", "environment", "feedback_ms_per_step", "jobs", "memory_mb"),
+    *("command", "commit", "cpu", "cpu_seconds", "device", "environment", "evolution", "feedback_ms_per_step", "jobs"),
+    "memory_mb",
     *("ms_per_step", "out", "peak_memory_mb", "platform", "ratio_to_bp", "seconds", "sha256", "started", "threads"),
 }
-"""Names of what may differ between two runs that give the same."""
+"""Names of what may differ between two runs that give the same; "evolution" is the length of one in seconds."""
 
 TIME = re.compile(r"seconds|s per generation|\bcommits?\b")
 """In names of times, of columns of them, of what verdicts on them are about, and of the commits at which parts were made."""
