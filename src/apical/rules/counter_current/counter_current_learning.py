@@ -41,6 +41,7 @@ from apical.core.effective import weight_now
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, require_dependence, terms
+from apical.core.memory import require_memory
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating
@@ -137,6 +138,13 @@ class CounterCurrentLearning(CreditRule):
         self._forth = [Taught(block.modules) for block in self.row[:-1]]
         self._back = [Taught(tuple(module) if isinstance(module, nn.Sequential) else (module,)) for module in self.feedback]
         top, like = self.row[-1].shape, self.row[-1].like
+        if self.pair != "match":
+            require_memory(
+                f"codes of {math.prod(top)} classes",
+                2 * math.prod(top) ** 2 * like.element_size(),
+                like,
+                "counter-current learning takes networks with few outputs, or pair='match', which needs no codes",
+            )
         codes = torch.empty(0 if self.pair == "match" else math.prod(top), *top, dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes, persistent=False)  # b_L
         _one_hot(self)

@@ -19,6 +19,7 @@ from apical.core.chain import Chain, States
 from apical.core.credit import Batch, CreditRule, Loss, Measures, Root
 from apical.core.feedback import put
 from apical.core.local import local_roots, outer
+from apical.core.memory import require_memory
 from apical.errors import ConfigError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.stability import advice, violation
@@ -80,6 +81,13 @@ class ControlRule(CreditRule):
         self.random_per_sample = learn == "noise"
         self.chain = Chain(model, input_shape)
         require_precision(type(self).__name__, self.chain.like)
+        sizes = [stage.size for stage in self.chain.stages]
+        require_memory(
+            f"feedback matrices from {sizes[-1]} outputs to every layer",
+            sizes[-1] * sum(sizes) * self.chain.like.element_size(),
+            self.chain.like,
+            f"{type(self).__name__} takes networks with few outputs, such as classes",
+        )
         self.feedback = nn.ParameterList(
             control.product_feedback(self.chain) if feedback == "product" else control.random_feedback(self.chain, generator)
         )

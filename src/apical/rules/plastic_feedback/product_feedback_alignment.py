@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
+from apical.core.memory import require_memory
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.processes import is_parted, whole
 from apical.core.stepping import direction, fingerprint
@@ -274,6 +275,13 @@ class ProductFeedbackAlignment(PlasticRule):
         groups = row_blocks(self.layers[name]) if shape is None else shape.groups
         n_out = len(as_matrix(shape, weight))
         m = groups * round(expansion * n_out / groups) if feedback == "random" else n_out
+        drawn = 24 * n_out**2 if feedback == "orthogonal" else 0  # QR in double precision
+        require_memory(
+            f"B ({n_out}, {m}) and R of layer {name!r}",
+            (n_out * m + weight.numel() // n_out * m) * weight.element_size() + drawn,
+            weight,
+            f"choose a smaller expansion, or pass exact=[{name!r}] to leave the layer its exact derivative",
+        )
         if feedback == "random":
             b = expansion_matrix(n_out, m, groups, self.density, weight)
         elif feedback == "orthogonal":
