@@ -28,7 +28,7 @@ PAPER = Paper(
             "Deep feedback control on student-teacher regression",
             "apical_papers.dfc.toy.study",
             {"epochs": 2, "seeds": 1, "samples": 512},
-            {"epochs": 150, "seeds": 3, "samples": 5000},
+            {"epochs": 150, "seeds": 5, "samples": 5000},
             {"epochs": 150, "seeds": 5, "samples": 5000},
             side_by_side=False,
         ),
