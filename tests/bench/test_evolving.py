@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -74,6 +75,15 @@ def test_it_writes_teachers_with_their_provenance(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     assert "6 of 6 generations" in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "")
+
+
+def test_its_report_can_be_written_again(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = shutil.copytree(whole, tmp_path / "copy")
+    (copied / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(copied)]) == 0
+    assert capsys.readouterr().out.strip().endswith("report.html")
+    assert "Fitness over generations" in (copied / "report.html").read_text(encoding="utf-8")
 
 
 def test_stopped_and_resumed_it_ends_as_if_never_stopped(whole: Path, tmp_path: Path) -> None:

@@ -403,6 +403,13 @@ def write_report(flags: Any, command: str) -> int:
         raise ConfigError(f"{folder} is not a folder")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"no permission to write in {folder}")
+    config = folder / "config.json"
+    if config.is_file() and "population" in read_json(config):
+        from apical.bench.evolve.loop import EvolutionFolder
+        from apical.bench.report import evolution
+
+        print(shown_path(evolution.write(EvolutionFolder(folder))))
+        return 0
     print(shown_path(report.write(folder)))
     return 0
 

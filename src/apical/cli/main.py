@@ -38,7 +38,7 @@ class Report:
     """Write the figures and report.html of a folder."""
 
     folder: Positional[Path]
-    """Folder of a comparison or of one run."""
+    """Folder of a comparison, a run or an evolution."""
 
 
 @dataclass(frozen=True)
