@@ -188,6 +188,24 @@ def test_layers_that_share_a_weight_share_its_feedback(make: Any) -> None:
     is_rule_and_not_backprop(rule, inputs, "0.weight")
 
 
+class Scaled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 3 * super().forward(inputs)
+
+
+@pytest.mark.parametrize("make", [apical.FeedbackAlignment, apical.WeightMirror])
+@pytest.mark.parametrize("kinds", [(Scaled, Scaled), (nn.Linear, Scaled)])
+def test_so_do_those_with_a_forward_of_their_own(make: Any, kinds: tuple[type[nn.Linear], type[nn.Linear]]) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), kinds[0](5, 5), nn.Tanh(), kinds[1](5, 5), nn.Tanh(), nn.Linear(5, 2))
+    model[3].weight = model[1].weight
+    rule = make(model)
+    rule(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
+    feedback = rule.feedback_weights()
+    assert torch.equal(feedback["1"], feedback["3"])
+
+
 def test_one_module_under_two_names() -> None:
     body = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "a": body, "b": body, "last": nn.Linear(4, 2)})

@@ -223,8 +223,8 @@ class EdgeRule(CreditRule):
         drawn: dict[int | str, Tensor] = {}
         for name, layer in self.layers.items():
             weight = weight_now(layer)
-            use = id(layer.weight) if self.is_plain(name) else name
-            if use not in drawn:
+            own = getattr(layer, "_parameters", {}).get("weight")
+            if (use := name if own is None else id(own)) not in drawn:
                 empty = torch.empty_like(weight, device=None if generator is None else generator.device)
                 drawn[use] = xavier_(empty, layer, generator).to(weight.device)
             feedback.register_buffer(key(name), drawn[use])
