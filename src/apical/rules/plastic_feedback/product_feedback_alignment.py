@@ -276,11 +276,12 @@ class ProductFeedbackAlignment(PlasticRule):
         n_out = len(as_matrix(shape, weight))
         m = groups * round(expansion * n_out / groups) if feedback == "random" else n_out
         drawn = 24 * n_out**2 if feedback == "orthogonal" else 0  # QR in double precision
+        smaller = "reduce expansion, or " if feedback == "random" else ""
         require_memory(
             f"B ({n_out}, {m}) and R of layer {name!r}",
             (n_out * m + weight.numel() // n_out * m) * weight.element_size() + drawn,
             weight,
-            f"choose a smaller expansion, or pass exact=[{name!r}] to leave the layer its exact derivative",
+            f"{smaller}pass exact=[{name!r}] to keep the layer's exact derivative",
         )
         if feedback == "random":
             b = expansion_matrix(n_out, m, groups, self.density, weight)
