@@ -31,6 +31,7 @@ PAPER = Paper(
             {"epochs": 150, "seeds": 5, "samples": 5000},
             {"epochs": 150, "seeds": 5, "samples": 5000},
             side_by_side=False,
+            hours={"cpu": 0.42},
         ),
         "mnist": of("dfc-mnist", cut(256), {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "fashion": of("dfc-fashion", cut(256), FEW | LEARN | {"epochs": 10, "seeds": 3}, {"epochs": 100, "seeds": 5}),
