@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 
 from apical.cli.interrupts import end
 
@@ -25,6 +26,9 @@ def main() -> int:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for names of folders that are no text
 
     from apical.cli.main import main as run
+    from apical.errors import warning_line
+
+    warnings.formatwarning = warning_line
 
     return run()
 

@@ -1,6 +1,7 @@
 """Errors meant for people: one sentence that names what is wrong, where, and the remedy."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -47,6 +48,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
         near = [stems[stem] for stem in difflib.get_close_matches(name.lower().split("-")[0], stems, n=1, cutoff=0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ConfigError(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format a warning in one line, as the command line prints errors; `warnings.formatwarning` can be this function.
+
+    Its place in the code is given only outside installed packages and apical, whose lines say nothing to the user.
+
+    >>> warning_line("the rate is large", UserWarning, "my_rule.py", 8)
+    'apical: warning: my_rule.py, line 8: the rate is large\\n'
+    >>> warning_line("the rate is large", UserWarning, __file__, 8)
+    'apical: warning: the rate is large\\n'
+    """
+    inside = "site-packages" in filename or filename.startswith(os.path.dirname(os.path.abspath(__file__)))
+    place = "" if inside else f"{filename}, line {lineno}: "
+    return f"apical: warning: {place}{' '.join(str(message).split())}\n"
 
 
 def out_of_memory(error: BaseException) -> str | None:

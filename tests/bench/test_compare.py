@@ -184,6 +184,27 @@ def test_a_killed_worker_is_reported(apical: Start, tmp_path: Path) -> None:
     assert errors.count("\n") == 1
 
 
+WARNS = """
+import warnings
+import apical
+
+class Warns(apical.Backprop):
+    def forward(self, inputs, targets):
+        warnings.warn("about\\nthis rule")
+        return super().forward(inputs, targets)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_warning_is_one_line(apical: Start, tmp_path: Path, jobs: int) -> None:
+    rule = tmp_path / "warns.py"
+    rule.write_text(WARNS, encoding="utf-8")
+    size = ["--data", "digits", "--model", "mlp-4", "--train-limit", 64, "--epochs", 1, "--seeds", 2, "--jobs", jobs]
+    command = apical("compare", "--rules", f"{rule}:Warns", *size, "--out", tmp_path / "out")
+    _, errors = command.communicate(60)
+    assert set(errors.splitlines()) == {f"apical: warning: {rule}, line 7: about this rule"}
+
+
 def test_threads_are_shared_among_the_workers(tmp_path: Path) -> None:
     cores = compare.cores()
     assert job(tmp_path, jobs=0).workers == min(2, cores)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apical import CounterCurrentLearning, DeepFeedbackControl, ProductFeedbackAlignment, StrongDeepFeedbackControl
-from apical.core.memory import device_memory, require_memory
+from apical.core.batch import device_memory, require_memory
 from apical.errors import UnsupportedModelError
 
 WIDE = 2_000_000  # outputs, whose square takes 16 TB

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,7 +17,7 @@ import torch
 
 from apical.bench.state import read_json, write_state
 from apical.core import children
-from apical.errors import ApicalError, CheckpointError
+from apical.errors import ApicalError, CheckpointError, warning_line
 
 
 def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def _begin(environment: dict[str, str]) -> None:
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # or while it was blocked
     children.adopt(environment)
+    warnings.formatwarning = warning_line
     torch.set_num_threads(1)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -14,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from apical import own_code
 from apical.bench.signals import Interrupted, StopSignals
 from apical.core import children
-from apical.errors import ApicalError, out_of_memory
+from apical.errors import ApicalError, out_of_memory, warning_line
 
 Body = Callable[[int, StopSignals], None]
 """Trains one seed; raises Interrupted once everything is saved. Importable by name."""
@@ -102,6 +103,7 @@ def _outcome(seed: int, process: BaseProcess, receiver: Connection) -> list[Exce
 def _work(body: Body, seed: int, sender: Connection, environment: dict[str, str]) -> None:
     """Run a worker process; send the exception that ended it, if any."""
     children.adopt(environment)
+    warnings.formatwarning = warning_line
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with StopSignals(impatient=False) as stop:
         if os.name == "posix":

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apical.core.batch import fitted, require_classes, require_one_type, require_samples
+from apical.core.batch import fitted, require_classes, require_memory, require_one_type, require_samples
 from apical.core.blocks import Block, blocks, through
 from apical.core.containers import Containers
 from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Root, depth_accuracies
@@ -41,7 +41,6 @@ from apical.core.effective import weight_now
 from apical.core.feedback import put
 from apical.core.layers import is_weighted
 from apical.core.losses import output_error, refuse_options, require_dependence, terms
-from apical.core.memory import require_memory
 from apical.core.part import Part
 from apical.core.placement import layer_paths
 from apical.core.rest import evaluating

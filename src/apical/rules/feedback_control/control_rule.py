@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from apical.core.batch import require_one_type, require_precision
+from apical.core.batch import require_memory, require_one_type, require_precision
 from apical.core.chain import Chain, States
 from apical.core.credit import Batch, CreditRule, Loss, Measures, Root
 from apical.core.feedback import put
 from apical.core.local import local_roots, outer
-from apical.core.memory import require_memory
 from apical.errors import ConfigError, require_choice
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.stability import advice, violation

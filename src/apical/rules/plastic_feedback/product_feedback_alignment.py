@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from apical.core.batch import require_memory
 from apical.core.credit import Attention, Loss
 from apical.core.edge import Feedback, Pathway, stored
 from apical.core.effective import weight_now
-from apical.core.memory import require_memory
 from apical.core.packed import Part, row_blocks, xavier_
 from apical.core.processes import is_parted, whole
 from apical.core.stepping import direction, fingerprint
