@@ -6,6 +6,7 @@ gradient of that weight on to the parameters behind it; or refuse the layer by n
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -632,3 +633,31 @@ def test_a_weight_that_is_known_from_the_first_call_on(make: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Late(), nn.Tanh(), nn.Linear(4, 2))
     make(model)(torch.randn(6, 3), torch.arange(6) % 2).backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize(
+    "make", [apical.Backprop, apical.WeightMirror, apical.ForwardForward, apical.EquilibriumPropagation]
+)
+def test_weights_that_torch_caches_learn_as_ever(make: Callable[[nn.Module], CreditRule]) -> None:
+    """A rule that reads a weight without a graph first leaves no such weight in the cache."""
+    after = []
+    for context in (nullcontext, parametrize.cached):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT)
+        )
+        parametrize.register_parametrization(model[2], "weight", Halved())
+        rule = make(model)
+        optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with context():
+                rule(torch.rand(N, HIDDEN), torch.randint(OUT, (N,))).backward()
+            optimizer.step()
+        after.append(model[2].parametrizations.weight.original.detach().clone())
+    assert torch.equal(*after)

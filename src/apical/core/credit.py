@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from apical.core.roots import KnownGradients, NoCreditBehind, OneRoot
@@ -271,6 +272,11 @@ class CreditRule(nn.Module):
             return (CreditRule._plainly if follows else outside_graphs)(self, *args, **kwargs)
         if self._by_hand and len(args) == 2 and not kwargs and (quick := self._by_hand.credit(self, *args)) is not None:
             return quick
+        if parametrize._cache_enabled:
+            from apical.core.wrappers import uncached
+
+            with self._turn, uncached():
+                return self._plainly(*args, **kwargs)
         with self._turn:
             return self._plainly(*args, **kwargs)
 

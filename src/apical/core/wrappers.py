@@ -3,8 +3,8 @@
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from inspect import getclosurevars
 from itertools import takewhile
 from types import FunctionType, MethodType, ModuleType
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 from apical.errors import ConfigError, UnsupportedModelError, refuse_transforms
 
@@ -221,3 +222,17 @@ def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractCo
         "the model is compiled, whole or in parts, within a rule or a step that is compiled too: make the rule of the model "
         "as it was, and compile the rule, torch.compile(rule)"
     )
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Compute parametrised weights at every access within `torch.nn.utils.parametrize.cached()`.
+
+    A rule also reads weights without recording a graph; the cache would keep such a weight, which then gets no gradient.
+    """
+    before = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = before
