@@ -21,7 +21,7 @@ PAPER = Paper(
             "apical_papers.forward.study",
             epochs=(2, 30, 30),
             seeds=(2, 10, 10),
-            hours={"cpu": 0.18},
+            hours={"cpu": 0.59},
         ),
     },
 )
