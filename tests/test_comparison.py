@@ -155,7 +155,7 @@ def test_arrays_names_and_regression(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"model": Net(4, 3)}, "a module that has been made already"),
+        ({"model": Net(4, 3)}, "an existing module"),
         ({"lrr": 0.1}, "unknown setting of apical.compare 'lrr'; did you mean 'lr'?"),
         ({"data": 3}, "data gives a int"),
         ({"data": PAIR, "model": lambda: nn.Linear(4, 7)}, "maps inputs (2, 4) to (2, 7)"),

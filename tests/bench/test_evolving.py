@@ -243,7 +243,7 @@ def test_what_does_not_fit_the_folder_is_said(
         (("--ways", "11"), "2 to 10 classes"),
         (("--examples", "99999"), "has 1437 of these classes; take fewer (--examples)"),
         (("--data", "nothing"), "unknown data set 'nothing'"),
-        (("--model", "mlp"), "does not name its hidden widths"),
+        (("--model", "mlp"), "does not give its hidden widths"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--steps", "0"), "--steps must be at least 1"),
         (("--data", "student-teacher"), "numbers as targets"),

@@ -1,4 +1,4 @@
-"""The data sets apical knows: shapes, normalisation, the folder layouts they may have, and where to fetch them."""
+"""The built-in data sets: shapes, normalisation, accepted folder layouts, and where to download them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ Reader = Callable[[Path, str], arrays.Arrays]
 
 @dataclass(frozen=True)
 class Layout:
-    """One folder layout of a data set: present where each of `files` is (a trailing `?` allows `.gz` as well)."""
+    """One folder layout of a data set, present if all `files` are (a trailing `?` also allows `.gz`)."""
 
     folder: str
     files: tuple[str, ...]
@@ -27,7 +27,7 @@ class Layout:
     note: str = ""
 
     def missing(self, root: Path) -> list[str] | None:
-        """Names of the files that `root` lacks; None if it lacks the folder itself."""
+        """Return the names of files missing under `root`; None if the folder itself is missing."""
         folder = root / self.folder
         if not folder.is_dir():
             return None
@@ -44,10 +44,10 @@ class Layout:
 class Remote:
     """Where a set is published: `files` at `base` with their checksums, kept in `folder`.
 
-    A checksum is SHA-256 (64 hex digits) where a file with the published md5 was at hand to compute it from, otherwise the
-    published md5 itself (32 digits), which shows a broken download but would not stop a forged one.
+    A checksum is SHA-256 (64 hex digits) if a file with the published MD5 was available to compute it from, otherwise the
+    published MD5 itself (32 digits), which detects a broken download but not a forged one.
 
-    With `members` the one file is a .tar.gz of which just these members (path and checksum) are kept.
+    With `members`, the single file is a .tar.gz from which only these members (path and checksum) are kept.
     """
 
     base: str
@@ -58,7 +58,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Made:
-    """How a set comes about that needs no files: where from, in words, its maker, and how many samples it has."""
+    """A set that needs no files: its origin in words, the function that makes it, and its numbers of samples."""
 
     source: str
     make: Callable[[], arrays.Arrays]
@@ -70,8 +70,8 @@ class Made:
 class Entry:
     """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply.
 
-    Its targets are class labels, numbers (`classes` of them per sample), or the normalised images themselves, flat; or
-    tokens, one for each of a sequence, and then `sequences` makes it.
+    Its targets are class labels, numbers (`classes` per sample), the flattened normalised images themselves, or tokens, one
+    for each position of a sequence; the last kind is made by `sequences`.
     """
 
     what: str
@@ -89,14 +89,14 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """The entry of a known data set; `ConfigError` with the nearest name for another."""
+    """Return the entry of a data set; raise `ConfigError` with the nearest name if it is unknown."""
     if name not in ENTRIES:
         raise unknown_data(name)
     return ENTRIES[name]
 
 
 def unknown_data(name: str) -> ConfigError:
-    """The error for a name of no data set: with the nearest name, and what else could stand there."""
+    """Return the error for an unknown data set, with the nearest name and the forms of user data."""
     return ConfigError(
         f"{unknown_name('data set', name, ENTRIES)}; or your own: FILE.npz, FILE.csv, FILE.txt, FOLDER, FILE.py:FUNCTION"
     )
@@ -117,7 +117,7 @@ def _mnist_like(
     before: tuple[Layout, ...] = (),
     after: tuple[Layout, ...] = (),
 ) -> Entry:
-    """Ten classes of 28x28 grey images in MNIST's four IDX files, or in other layouts, looked for before and after these."""
+    """Return an entry of 28x28 grey images in ten classes, in MNIST's four IDX files or in layouts tried before or after."""
     layout = Layout(folder, tuple(f"{name}?" for name in idx.FILES), idx.read_folder, 60000, 10000)
     files = {f"{name}.gz": checksum for name, checksum in zip(idx.FILES, checksums, strict=True)}
     remote = Remote(base, folder, files)
