@@ -65,10 +65,10 @@ def refuse_used(path: Path, remedy: str = "add --resume to continue it, --overwr
 
 
 def refuse_unlike(path: Path, unlike: Sequence[str]) -> None:
-    """Raise CheckpointError if what the folder holds was made with other options: each as "name: saved vs asked"."""
+    """Raise CheckpointError if what the folder holds was made with other options: each as "name: saved vs given"."""
     if unlike:
         raise CheckpointError(
-            f"{path} was made with other options (saved vs asked): {'; '.join(unlike)}; "
+            f"{path} was made with other options (saved vs given): {'; '.join(unlike)}; "
             "resume with the saved ones or choose another --out"
         )
 
