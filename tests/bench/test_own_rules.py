@@ -79,7 +79,7 @@ def test_in_a_comparison(file: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("name", "said"),
     [
         ("absent.py:Rule", "there is no file absent.py"),
-        ("mine.py", "say file and class, such as my_rule.py:MyRule"),
+        ("mine.py", "needs a file and a class, such as my_rule.py:MyRule"),
         ("mine.py:Lauder", "mine.py has no class 'Lauder'; did you mean 'Louder'?"),
         ("mine.py:Zzz", "mine.py has no class 'Zzz'. Its rules: Louder"),
         ("broken.py:Rule", "broken.py cannot be loaded: SyntaxError: .* \\(line 2\\)"),

@@ -365,8 +365,8 @@ def test_what_loaders_of_scikit_learn_return() -> None:
     [
         ("def make():\n  raise KeyError('no key')\n", "mine.py:make failed: KeyError: 'no key' (line 5)"),
         ("def make(path):\n  pass\n", "needs an argument 'path'"),
-        ("def make():\n  return None\n", "returns a NoneType; expected a torch.utils.data.Dataset"),
-        ("def make():\n  return X, X, X\n", "returns a tuple of 3"),
+        ("def make():\n  return None\n", "got NoneType; expected a torch.utils.data.Dataset"),
+        ("def make():\n  return X, X, X\n", "got tuple of length 3"),
         ("def make():\n  return X, X[:4], np.arange(9) % 2, np.arange(4) % 2\n", "the order is|four arrays are"),
         ("def make():\n  return X, np.array([None] * 9)\n", "an array of Python objects"),
         ("def make():\n  return X, None\n", "a NoneType is not supported"),

@@ -22,7 +22,7 @@ from apical.diagnostics.persistence import persistence
 from apical.errors import ApicalError, ConfigError, require_choice
 
 Numbers = dict[str, dict[str, float | None]]
-"""Layer, or :data:`WHOLE`, to quantity to number; None if it is not finite."""
+"""Maps each layer, or :data:`WHOLE`, to quantities and their numbers; None if not finite."""
 
 WHOLE = "(network)"
 SAMPLES = 256

@@ -1,4 +1,4 @@
-"""One-line messages for faulty command lines, from what the parser prints in a box."""
+"""One-line messages for invalid command lines, extracted from the box that the parser prints."""
 
 import difflib
 import re

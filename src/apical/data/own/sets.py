@@ -92,8 +92,8 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
     if isinstance(value, tuple | list) and len(value) == 4:
         x, y, x_test, y_test = (_array(item, where) for item in value)
         return Raw((x, x_test), (y, y_test), where, source, False)
-    size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    raise DataError(f"{where} returns a {type(value).__name__}{size}; expected {FORMS}")
+    size = f" of length {len(value)}" if isinstance(value, tuple | list) else ""
+    raise DataError(f"{where}: got {type(value).__name__}{size}; expected {FORMS}")
 
 
 def _array(value: Any, where: str) -> Any:
