@@ -101,7 +101,7 @@ def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: 
     (tmp_path / "other.py").write_text(RULE)
     assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results are named after the class: rename" in said
+    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results are named after the class, so rename" in said
     assert not (tmp_path / "out").exists()
 
 

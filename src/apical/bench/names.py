@@ -233,7 +233,7 @@ def find_rule(name: str) -> Entry:
     "path/to/file.py:Class", "module:Class".
 
     Raises:
-        ConfigError: there is none; the message names the nearest name, or what is wrong with the file.
+        ConfigError: the rule does not exist; the message gives the nearest name, or what is wrong with the file.
     """
     outer, colon, inner = name.partition(":")
     if colon and outer in AROUND:

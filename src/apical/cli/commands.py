@@ -126,7 +126,7 @@ def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
         find_rule(rule)
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) != len(names):
-        remedy = "" if len(set(rules)) != len(rules) else "; results are named after the class: rename one of them"
+        remedy = "" if len(set(rules)) != len(rules) else "; results are named after the class, so rename one of them"
         raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}{remedy}")
     check_options(rules, flags.rule_options or ())
     return names

@@ -191,7 +191,7 @@ ENTRIES: dict[str, Entry] = {
         ),
     ),
     "cifar-100": Entry(
-        "small photographs of 100 classes, 32x32 RGB",
+        "small photographs in 100 classes, 32x32 RGB",
         100,
         (3, 32, 32),
         (0.5071, 0.4865, 0.4409),
@@ -233,7 +233,7 @@ ENTRIES: dict[str, Entry] = {
         (Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),),
     ),
     "kmnist-10k": Entry(
-        "the 10,000 test images of kmnist, 8,000 of them to learn from; not comparable with kmnist",
+        "the 10,000 test images of kmnist, 8,000 of them for training; not comparable with kmnist",
         10,
         (1, 28, 28),
         (0.1918,),
@@ -279,18 +279,18 @@ def _student_teacher(outputs: int) -> Entry:
     maker = Made(
         "a fixed random teacher", partial(student_teacher.make, outputs), student_teacher.TRAIN, student_teacher.TEST
     )
-    what = f"regression: {student_teacher.INPUTS} numbers to {outputs}, by a random ReLU network"
+    what = f"regression: the map from {student_teacher.INPUTS} to {outputs} numbers of a random ReLU network"
     shape, zeros, ones = (student_teacher.INPUTS,), (0.0,) * student_teacher.INPUTS, (1.0,) * student_teacher.INPUTS
     return Entry(what, outputs, shape, zeros, ones, (), high=1.0, made=maker, targets="numbers")
 
 
 ENTRIES |= {
     "mnist-autoencoder": replace(
-        ENTRIES["mnist"], what="regression: MNIST's images, normalised, to themselves", classes=784, targets="images"
+        ENTRIES["mnist"], what="regression: reconstruct MNIST's images, normalised", classes=784, targets="images"
     ),
     "fashion-mnist-autoencoder": replace(
         ENTRIES["fashion-mnist"],
-        what="regression: Fashion-MNIST's images, scaled to 0..1, to themselves",
+        what="regression: reconstruct Fashion-MNIST's images, scaled to 0..1",
         classes=784,
         mean=(0.0,),
         std=(1.0,),
@@ -298,7 +298,7 @@ ENTRIES |= {
     ),
     "cifar-10-autoencoder": replace(
         ENTRIES["cifar-10"],
-        what="regression: CIFAR-10's images, scaled to 0..1, to themselves",
+        what="regression: reconstruct CIFAR-10's images, scaled to 0..1",
         classes=3072,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
@@ -319,9 +319,9 @@ ENTRIES |= {
     **{
         name: Entry(what, classes, (), (), (), (), targets="tokens", sequences=make)
         for name, what, classes, make in (
-            ("text-python", "sources of Python's standard library, the next character", 96, python_source.make),
-            ("copy", "a word of 8 symbols, said again after a cue", tasks.SYMBOLS + 2, tasks.make_copy),
-            ("recall", "pairs of 16 keys and values; each key asks for its value", 2 * tasks.KEYS + 1, tasks.make_recall),
+            ("text-python", "sources of Python's standard library; predict the next character", 96, python_source.make),
+            ("copy", "a word over 8 symbols, to be repeated after a cue", tasks.SYMBOLS + 2, tasks.make_copy),
+            ("recall", "pairs of 16 keys and values; predict the value of each key", 2 * tasks.KEYS + 1, tasks.make_recall),
         )
     },
     "student-teacher": _student_teacher(5),

@@ -39,7 +39,7 @@ def status() -> list[Status]:
     for name, dataset in ENTRIES.items():
         where, images = f"not found: apical data fetch {name}", ""
         if dataset.sequences is not None:
-            where = "made here, in windows of --context tokens"
+            where = "generated, in windows of --context tokens"
         elif dataset.made is not None:
             where, images = dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"
         elif place := _find(dataset, None):

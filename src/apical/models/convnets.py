@@ -93,7 +93,7 @@ def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs
     thousand times smaller in the decoder, and zero in the layer that produces the image; biases are zero.
 
     Raises:
-        ConfigError: `outputs` is not the image's size, or the images are too small for so many strides.
+        ConfigError: `outputs` is not the image's size, or the images are too small for that many strides.
     """
     channels, *side = shape
     if outputs != math.prod(shape):

@@ -27,7 +27,7 @@ def make_copy(context: int, level: Level) -> Samples:
     if context < 2:
         raise ConfigError(f"copy needs a --context of at least 2, got {context}")
     train, test = (copying(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
-    about = f"copy: words of {context // 2} symbols out of {SYMBOLS}, said again after a cue"
+    about = f"copy: words of {context // 2} symbols out of {SYMBOLS}, to be repeated after a cue"
     return Samples(train, test, SYMBOLS + 2, (), about, "", "made by apical")
 
 
@@ -41,7 +41,7 @@ def make_recall(context: int, level: Level) -> Samples:
     if not 4 <= context < 4 * (KEYS + 1):
         raise ConfigError(f"recall has 1 to {KEYS} pairs and needs a --context of 4 to {4 * KEYS + 3}, got {context}")
     train, test = (recalling(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
-    about = f"recall: {context // 4} pairs of {KEYS} keys and {KEYS} values, then each key asks for its value"
+    about = f"recall: {context // 4} pairs of {KEYS} keys and {KEYS} values, then each key as a query for its value"
     return Samples(train, test, 2 * KEYS + 1, (), about, "", "made by apical")
 
 
