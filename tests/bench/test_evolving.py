@@ -246,7 +246,7 @@ def test_what_does_not_fit_the_folder_is_said(
         (("--model", "mlp"), "does not give its hidden widths"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--steps", "0"), "--steps must be at least 1"),
-        (("--data", "student-teacher"), "numbers as targets"),
+        (("--data", "student-teacher"), "numeric targets"),
         (("--batch-size", "31"), "batches of 31 from 30 examples"),
     ],
 )
