@@ -155,9 +155,9 @@ def test_arrays_names_and_regression(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"model": Net(4, 3)}, "a module that has been made already"),
+        ({"model": Net(4, 3)}, "an existing module"),
         ({"lrr": 0.1}, "unknown setting of apical.compare 'lrr'; did you mean 'lr'?"),
-        ({"data": 3}, "data gives a int"),
+        ({"data": 3}, "data: got int"),
         ({"data": PAIR, "model": lambda: nn.Linear(4, 7)}, "maps inputs (2, 4) to (2, 7)"),
         ({"data": PAIR, "model": Net, "jobs": 2}, "data and model in memory: other processes do not have them"),
         ({"rules": [int]}, "is not a rule"),
@@ -169,7 +169,7 @@ def test_arrays_names_and_regression(tmp_path: Path) -> None:
         ({"epochs": 1.5}, "epochs is 1.5, but this setting takes another kind of value"),
         ({"lr": "0.1"}, "lr is '0.1', but this setting takes another kind of value"),
         ({"device": "gpu"}, "unknown --device 'gpu'; did you mean 'cpu'?"),
-        ({"beta2": 0.5}, "without effect here: --beta2 (--optimizer sgd has none); drop it"),
+        ({"beta2": 0.5}, "no effect here: --beta2 (--optimizer sgd has none); drop it"),
         ({"resume": True, "overwrite": True}, "give only one of them"),
     ],
 )

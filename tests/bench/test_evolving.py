@@ -136,7 +136,7 @@ def test_an_evolution_begins_with_a_teacher(whole: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert evolve(tmp_path / "other", *first, "--sites", "3", "--relative", "False", "--credit", "probabilities") == 2
     said = capsys.readouterr().err
-    assert "cannot begin with" in said
+    assert "cannot start from" in said
     assert "emissions: [2] vs [3]; relative: True vs False; credit: logits vs probabilities" in said
     assert not (tmp_path / "other").exists()
 
@@ -251,12 +251,12 @@ def test_what_does_not_fit_the_folder_is_said(
     [
         (("--population", "7"), "population must be even"),
         (("--ways", "11"), "2 to 10 classes"),
-        (("--examples", "99999"), "has 1437 of these classes; take fewer (--examples)"),
+        (("--examples", "99999"), "has 1437 of these classes; use fewer (--examples)"),
         (("--data", "nothing"), "unknown data set 'nothing'"),
-        (("--model", "mlp"), "does not name its hidden widths"),
+        (("--model", "mlp"), "does not give its hidden widths"),
         (("--recipe", "digit"), "did you mean 'digits'"),
         (("--steps", "0"), "--steps must be at least 1"),
-        (("--data", "student-teacher"), "numbers as targets"),
+        (("--data", "student-teacher"), "numeric targets"),
         (("--batch-size", "31"), "batches of 31 from 30 examples"),
     ],
 )

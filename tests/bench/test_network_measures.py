@@ -200,4 +200,4 @@ def test_a_measure_of_ones_own_does_not_change_what_is_trained(tmp_path: Path) -
 
 def test_options_of_models_do_nothing_for_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["measure", str(tmp_path), "--data", "mnist", "--seed", "3"]) == 2
-    assert "without effect here: --data, --seed (folders have their own)" in capsys.readouterr().err
+    assert "no effect here: --data, --seed (folders have their own)" in capsys.readouterr().err

@@ -142,13 +142,13 @@ def load():
     assert main(["train", "--rule", "dfa", *words, "--out", "run", *QUICK[:-2]]) == 0
     assert main(["audit", "bp", *words, "--epochs", "1"]) == 0
     said = refused(capsys, "train", *words[:2], "--model", "mlp-4", "--out", "other")
-    assert "they are whole numbers: return floats, unless the model embeds them" in said
+    assert "they are integers: return floats, unless the model embeds them" in said
 
 
 def test_a_model_that_does_not_embed_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "own.txt").write_text("the cat sat on the mat. " * 100)
     said = refused(capsys, "train", "--data", "own.txt", "--model", "mlp-8", "--context", "8", "--out", "out")
-    assert said.endswith("; they are tokens, which a model embeds first, as gpt-2x64 does\n")
+    assert said.endswith("; they are tokens, which the model must embed first, as gpt-2x64 does\n")
 
 
 def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

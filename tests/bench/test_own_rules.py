@@ -79,7 +79,7 @@ def test_in_a_comparison(file: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     ("name", "said"),
     [
         ("absent.py:Rule", "there is no file absent.py"),
-        ("mine.py", "say file and class, such as my_rule.py:MyRule"),
+        ("mine.py", "needs a file and a class, such as my_rule.py:MyRule"),
         ("mine.py:Lauder", "mine.py has no class 'Lauder'; did you mean 'Louder'?"),
         ("mine.py:Zzz", "mine.py has no class 'Zzz'. Its rules: Louder"),
         ("broken.py:Rule", "broken.py cannot be loaded: SyntaxError: .* \\(line 2\\)"),
@@ -101,7 +101,7 @@ def test_two_classes_of_one_name_are_refused(file: str, tmp_path: Path, capsys: 
     (tmp_path / "other.py").write_text(RULE)
     assert main(["compare", "--rules", "mine.py:Louder", "other.py:Louder", "--out", "out"]) == 2
     said = capsys.readouterr().err
-    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results are named after the class: rename" in said
+    assert "--rules names a rule twice: mine.py:Louder other.py:Louder; results are named after the class, so rename" in said
     assert not (tmp_path / "out").exists()
 
 

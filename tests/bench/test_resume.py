@@ -234,7 +234,7 @@ def test_one_flipped_bit_in_a_stored_weight_is_seen(begin: Begin, small: Recipe,
     assert at > 0
     content[at + 1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="has another checksum"):
+    with pytest.raises(CheckpointError, match="fails its checksum"):
         begin(small, tmp_path, resume=True)
 
 

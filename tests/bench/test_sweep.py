@@ -269,8 +269,8 @@ def test_a_cluster_gives_the_same_trials(folder: Path, tmp_path: Path) -> None:
         (["--space", "lr=0.1", "--trials", "3"], "--trials is for --search random and optuna"),
         (["--space", "batch_size=8.5"], "8.5 is not a whole number"),
         (["--space", "lr=0.1", "--final-seeds", "-1"], "--final-seeds must be at least 0"),
-        (["--space", "lr=0.1", "--clip-over", "network"], "without effect here: --clip-over (--clip is off); drop it"),
-        (["--space", "lr_min=0.1,0.2"], "without effect here: --space lr_min (--lr-cosine is off); drop it"),
+        (["--space", "lr=0.1", "--clip-over", "network"], "no effect here: --clip-over (--clip is off); drop it"),
+        (["--space", "lr_min=0.1,0.2"], "no effect here: --space lr_min (--lr-cosine is off); drop it"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,7 @@ def test_what_cannot_be_drawn_is_one_line(compared: Path, tmp_path: Path, capsys
     capsys.readouterr()
     assert f"{plain} has no trajectory: train with --trajectory N" in refused(capsys, "landscape", one, plain, *out)
     said = refused(capsys, "landscape", one, other, *out)
-    assert f"{other} has another loss surface: model mlp-9, but {one} has mlp-8" in said
+    assert f"{other} has a different loss surface: model mlp-9, but {one} has mlp-8" in said
     assert "on one line" in refused(capsys, "landscape", straight, *out)
     (other / "trajectory.pt").write_bytes((one / "trajectory.pt").read_bytes())
     assert "does not match the weights of mlp-9" in refused(capsys, "landscape", other, *out)
@@ -261,5 +261,5 @@ def test_runs_of_one_rule_are_told_apart_and_diverged_ones_left_out(
     record = json.loads((tmp_path / "out" / "landscape.json").read_text())
     assert [run["label"] for run in record["runs"]] == ["bp (seed-0)", "bp (slow)"]
     assert record["diverged"] == [str(folders[1])]
-    assert f"left out, because it diverged: {folders[1]}" in capsys.readouterr().out
+    assert f"left out because it diverged: {folders[1]}" in capsys.readouterr().out
     assert "every run diverged" in refused(capsys, "landscape", folders[1], "--out", tmp_path / "none")

@@ -204,7 +204,7 @@ def test_missing_set_and_missing_file(tiny):
     with pytest.raises(DataError, match=r"usps not found: looked in .*data and .*cache; run: apical data fetch usps"):
         data.load("usps")
     (tiny / "MNIST/raw/t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(DataError, match=r"MNIST/raw there lacks t10k-labels-idx1-ubyte\)"):
+    with pytest.raises(DataError, match=r"its MNIST/raw lacks t10k-labels-idx1-ubyte\)"):
         data.load("mnist")
 
 
@@ -298,7 +298,7 @@ def test_damaged_npz(places, damage):
         (torch.zeros(3, 1, 2, 2), torch.tensor([0, 4, 4]), r"label 4 at index 1 is outside 0\.\.3"),
         (torch.zeros(3, 1, 2, 2), torch.tensor([0, 1]), "3 inputs but 2 labels"),
         (torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64), "no samples"),
-        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), r"samples of shape \(0,\) hold nothing"),
+        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), r"samples of shape \(0,\) are empty"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(3), "integers"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(2, 4), "3 inputs but 2 targets"),
         (torch.zeros(3, 1, 2, 2), torch.zeros(3, 5), r"numbers \(N, 4\); got shapes"),

@@ -111,28 +111,31 @@ def test_real_targets_are_numbers_and_whole_ones_are_if_asked(folder: Path) -> N
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"x_train": X}, "needs arrays x_train, y_train, x_test and y_test, or x and y; it holds x_train"),
+        ({"x_train": X}, "needs arrays x_train, y_train, x_test and y_test, or x and y; it contains x_train"),
         ({"x": X, "y": Y[:-1]}, "50 inputs but 49 targets"),
         ({"x": np.where(X > 5, np.nan, X), "y": Y}, "NaN or infinity in the sample at index"),
         ({"x": X, "y": np.where(Y > 1, np.inf, 0.5)}, "NaN or infinity in target 2"),
         ({"x": X, "y": Y - 1}, "label -1 is negative"),
         ({"x": X, "y": np.zeros(50, int)}, "all samples have the same label, 0"),
-        ({"x": X, "y": np.arange(50)}, "50 different labels in 50 training samples; for regression give floats"),
+        ({"x": X, "y": np.arange(50)}, "50 different labels in 50 training samples; for regression use floats"),
         ({"x": np.array([{}] * 50), "y": Y}, "Python objects, which are not unpickled"),
         ({"x": X.astype(complex), "y": Y}, "inputs must be numbers; got complex128"),
-        ({"x": X, "y": np.stack([Y, Y], 1)}, "whole numbers of shape (50, 2) are no labels"),
+        ({"x": X, "y": np.stack([Y, Y], 1)}, "integers of shape (50, 2) are not labels"),
         ({"x": X[:4], "y": Y[:4]}, "too few to set some aside"),
-        ({"x": X[:0], "y": Y[:0]}, "there are none"),
+        ({"x": X[:0], "y": Y[:0]}, "there are no samples"),
         ({"x_train": X, "y_train": Y % 2, "x_test": X[:3], "y_test": Y[:3]}, "test sample 2 has class 2, which no training"),
         ({"x_train": X, "y_train": Y, "x_test": X[:, :3], "y_test": Y}, "different shapes, (4,) and (3,)"),
-        ({"x_train": X, "y_train": Y, "x_test": X}, "x_test has no partner"),
-        ({"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(str)}, "some targets are texts and some are numbers"),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "x_test has no counterpart"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y.astype(str)},
+            "some targets are strings and some numbers",
+        ),
         ({"x": X, "y": np.array([b"a", b"b", b"\xff"])[Y]}, "the labels are bytes that are not UTF-8"),
         (
             {"x_train": X, "y_train": np.eye(3, dtype=int)[Y], "x_test": X, "y_test": np.eye(2, dtype=int)[Y % 2]},
             "one-hot rows of training and test targets have 3 and 2 columns",  # column 1 need not be the same class
         ),
-        ({"x": X[:, :0], "y": Y}, "samples of shape (0,) hold nothing"),
+        ({"x": X[:, :0], "y": Y}, "samples of shape (0,) are empty"),
     ],
 )
 def test_npz_refused(folder: Path, values: dict[str, Any], said: str) -> None:
@@ -152,13 +155,13 @@ def test_numbers_beyond_float32_are_refused_without_a_warning(folder: Path) -> N
 
 def test_arrays_that_are_not_read_are_said(folder: Path) -> None:
     arrays = {f"{kind}_{part}": values for part in ("train", "val", "test") for kind, values in (("x", X), ("y", Y))}
-    assert "x_val, y_val left out" in data.load(npz(folder, **arrays)).about
+    assert "x_val, y_val ignored" in data.load(npz(folder, **arrays)).about
 
 
 def test_labels_that_are_real_numbers_in_one_part_are_said(folder: Path) -> None:
     loaded = data.load(npz(folder, x_train=X, y_train=Y, x_test=X, y_test=Y.astype(float)))
     assert loaded.is_regression
-    assert "all of them are whole: write labels as integers if they are classes" in loaded.about
+    assert "all targets are whole numbers: write them as integers if they are classes" in loaded.about
 
 
 def test_damaged_and_unknown_files(folder: Path) -> None:
@@ -172,9 +175,9 @@ def test_damaged_and_unknown_files(folder: Path) -> None:
     with pytest.raises(DataError, match="single number"):
         data.load("own.npz")
     for name, said in (
-        ("header.npz", "damaged or no .npz"),
-        ("broken.npz", "damaged or no .npz"),
-        ("own.pkl", "is not read"),
+        ("header.npz", "damaged or not an .npz"),
+        ("broken.npz", "damaged or not an .npz"),
+        ("own.pkl", "unsupported kind of file"),
         ("none.csv", "no such file"),
     ):
         with pytest.raises(DataError, match=said):
@@ -198,7 +201,7 @@ def test_csv_takes_the_named_or_last_column(folder: Path) -> None:
     ("text", "said"),
     [
         (table(lambda i: i % 2).replace("\n3,", "\n,"), "line 5: column 'a' is empty"),
-        (table(lambda i: i % 2).replace("\n3,", "\nnan,"), "line 5: column 'a' is 'nan', which is no finite number"),
+        (table(lambda i: i % 2).replace("\n3,", "\nnan,"), "line 5: column 'a' is 'nan', which is not a finite number"),
         (table(lambda i: i % 2).replace("\n3,", "\nParis,"), "line 5: column 'a' is 'Paris'"),
         (table(lambda i: i % 2 if i != 4 else ""), "line 6: column 'target', the label, is empty"),
         (table(lambda i: i % 2 if i != 4 else "1,2"), "line 6: 4 values, but 3 columns"),
@@ -213,7 +216,7 @@ def test_csv_takes_the_named_or_last_column(folder: Path) -> None:
         (table(lambda i: "NA" if i == 4 else i % 2), "line 6: column 'target', the label, is 'NA', but others are numbers"),
         (
             table(lambda i: i % 2).replace(",", ";").replace("\n3;", "\n3,5;"),
-            "is '3,5', which is no finite number; decimals",
+            "is '3,5', which is not a finite number; use a decimal point",
         ),
         (table(lambda i: "word" if i == 9 else i / 3), "line 11: column 'target', the label, is 'word'"),
         ("target\n1\n2\n", "at least two columns"),
@@ -264,7 +267,7 @@ def test_a_folder_of_images(folder: Path) -> None:
     (folder / "pets" / "dog" / "notes.txt").write_text("")
     mixed = data.load("pets")
     assert mixed.input_shape == (3, 4, 5)
-    assert "1 file that is no image left out" in mixed.about
+    assert "1 file that is not an image ignored" in mixed.about
 
 
 def test_transparency_is_left_out_and_said(folder: Path) -> None:
@@ -274,14 +277,14 @@ def test_transparency_is_left_out_and_said(folder: Path) -> None:
     Image.new("P", (5, 4)).save(folder / "pets" / "dog" / "palette.png", transparency=b"\x00\x80")
     loaded = data.load("pets")
     assert loaded.input_shape == (3, 4, 5)
-    assert "transparency left out" in loaded.about
+    assert "transparency ignored" in loaded.about
 
 
 def test_frames_but_the_first_are_left_out_and_said(folder: Path) -> None:
     pictures(folder)
     frames = [Image.new("L", (5, 4), value) for value in (0, 99)]
     frames[0].save(folder / "pets" / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
-    assert "all frames but the first left out" in data.load("pets").about
+    assert "all frames but the first ignored" in data.load("pets").about
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("Train", "Val")])
@@ -310,7 +313,7 @@ def test_image_folders_refused(folder: Path) -> None:
         return str(caught.value)
 
     (folder / "pets").mkdir()
-    assert "needs a folder of images for each class; found none" in said()
+    assert "needs one folder of images per class; found none" in said()
     pictures(folder, ("train", "test"))
     (folder / "pets" / "train" / "emu").mkdir()
     assert "no images for class 'emu'" in said()
@@ -324,7 +327,7 @@ def test_image_folders_refused(folder: Path) -> None:
     (folder / "pets" / "test" / "fox" / "0.png").unlink()
     (folder / "pets" / "test" / "fox").rmdir()
     (folder / "pets" / "train" / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert "damaged or no image" in said()
+    assert "damaged or not an image" in said()
     Image.new("I;16", (5, 4)).save(folder / "pets" / "train" / "cat" / "0.png")
     assert "more than 8 bits" in said()
 
@@ -362,12 +365,12 @@ def test_what_loaders_of_scikit_learn_return() -> None:
     [
         ("def make():\n  raise KeyError('no key')\n", "mine.py:make failed: KeyError: 'no key' (line 5)"),
         ("def make(path):\n  pass\n", "needs an argument 'path'"),
-        ("def make():\n  return None\n", "gives a NoneType; expected a torch.utils.data.Dataset"),
-        ("def make():\n  return X, X, X\n", "gives a tuple of 3"),
+        ("def make():\n  return None\n", "got NoneType; expected a torch.utils.data.Dataset"),
+        ("def make():\n  return X, X, X\n", "got tuple of length 3"),
         ("def make():\n  return X, X[:4], np.arange(9) % 2, np.arange(4) % 2\n", "the order is|four arrays are"),
         ("def make():\n  return X, np.array([None] * 9)\n", "an array of Python objects"),
-        ("def make():\n  return X, None\n", "a NoneType is no data"),
-        ("def make():\n  return {'x_train': X, 'y_train': X[:, 0], 'x_test': X}\n", "x_test has no partner"),
+        ("def make():\n  return X, None\n", "a NoneType is not supported"),
+        ("def make():\n  return {'x_train': X, 'y_train': X[:, 0], 'x_test': X}\n", "x_test has no counterpart"),
         ("def make():\n  return np.ma.masked_array(X, mask=X > 0), np.arange(9) % 2\n", "masked values"),
         ("def make():\n  return [[1, 2], [3]], [0, 1]\n", "samples have different shapes"),
         ("def make():\n  return torch.zeros(9, 1, 2, 2, dtype=torch.uint8), np.arange(9) % 2\n", "8-bit pixels"),
@@ -434,12 +437,12 @@ def test_a_dataset_that_knows_its_classes_has_them_all() -> None:
     ("value", "said"),
     [
         (Endless(), "must have a length"),
-        (Items([]), "there are none"),
-        (Items([*GOOD, (torch.zeros(2), 0)]), "sample 0 has shape (3,), sample 10 (2,)"),
+        (Items([]), "there are no samples"),
+        (Items([*GOOD, (torch.zeros(2), 0)]), "sample 0 has shape (3,), sample 10 has (2,)"),
         (Items([torch.zeros(3)] * 9), "samples must be (input, target); sample 0 has type Tensor"),
         (Items([(lambda: (torch.randn(3), 1)), *GOOD]), "sample 0 differs when it is read again"),
         (Items([(Image.new("L", (3, 3)), 0)] * 9), "PIL image"),
-        (DataLoader(Items(GOOD)), "give its Dataset instead"),
+        (DataLoader(Items(GOOD)), "pass its Dataset instead"),
         ((Items(GOOD), Items([(torch.zeros(3), 7)])), "class 7, which no training sample has"),
         (TensorDataset(torch.zeros(9, 2)), "the TensorDataset has 1 tensors"),
     ],
@@ -451,7 +454,7 @@ def test_datasets_refused(value: Any, said: str) -> None:
 
 
 def test_data_in_memory_are_known_in_this_process_only() -> None:
-    with pytest.raises(DataError, match="in the memory of the program that began this"):
+    with pytest.raises(DataError, match="only in the memory of the program that started this run"):
         data.load("in-memory:Nothing")
 
 

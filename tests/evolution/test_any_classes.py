@@ -133,5 +133,5 @@ def test_tasks_of_several_numbers_of_classes_need_a_network_for_them() -> None:
 def test_settings_that_such_a_network_has_not_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="relative credit on logits"):
         AnyClasses([images()], replace(SETTING, **wrong))
-    with pytest.raises(ConfigError, match="layers is for"):
+    with pytest.raises(ConfigError, match="layers requires"):
         Classification([images()], replace(SETTING, by_class=False, layers=3))

@@ -174,7 +174,7 @@ def test_running_statistics_are_refused_by_name() -> None:
 
 def test_rules_around_rules_are_refused_by_name() -> None:
     rule = WrappedRule(apical.DirectFeedbackAlignment(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))))
-    with pytest.raises(ConfigError, match="takes no WrappedRule; give it the DirectFeedbackAlignment inside"):
+    with pytest.raises(ConfigError, match="does not accept WrappedRule; pass its DirectFeedbackAlignment"):
         Population(rule, torch.randn(2, 4), torch.tensor([0, 1]))
 
 

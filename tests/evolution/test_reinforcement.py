@@ -453,9 +453,9 @@ def test_the_marks_can_be_reached_and_not_by_chance(credits: Credits, rate: floa
         (lambda: Reinforcement(Setting(ranges={"lenght": (1, 2)})), "no setting 'lenght'"),
         (lambda: environment("cart-pol"), "did you mean 'cart-pole'"),
         (lambda: Reinforcement(Setting(gated=False, state=True)), "only a gated"),
-        (lambda: Reinforcement(Setting(gated=False, by_action=True)), "by_action is for a gated"),
-        (lambda: Reinforcement(Setting(state=True, by_action=True)), "by_action is for a gated"),
-        (lambda: Reinforcement(Setting(by_action=True)).with_state(torch.zeros(105)), "all actions at once"),
+        (lambda: Reinforcement(Setting(gated=False, by_action=True)), "by_action requires a gated"),
+        (lambda: Reinforcement(Setting(state=True, by_action=True)), "by_action requires a gated"),
+        (lambda: Reinforcement(Setting(by_action=True)).with_state(torch.zeros(105)), "with_state requires a gated"),
         (lambda: Reinforcement(Setting(last=21)), "number of updates"),
     ],
 )

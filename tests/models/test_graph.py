@@ -246,7 +246,7 @@ def test_attention() -> None:
     assert (model(x) - attended(model, x)).abs().max() < 1e-14
     assert not torch.autograd.grad(alpha[:, 0].sum(), x, allow_unused=True)[0:1][0]
     assert (model.adjacency(x)[1:].sum(1) - 1).abs().max() < 1e-6  # in float32
-    with pytest.raises(ConfigError, match="give adjacency the inputs"):
+    with pytest.raises(ConfigError, match="pass inputs to adjacency"):
         model.adjacency()
 
 

@@ -81,12 +81,12 @@ def test_from_a_module() -> None:
     [
         (
             "needs",
-            "needs an argument 'width'; give it a default, or name a function that makes the model. Filled in are ",
+            "needs an argument 'width'; give it a default, or pass a function that builds the model. These are filled in: ",
         ),
-        ("fails", "cannot be made: ValueError: no such thing (line "),
+        ("fails", "cannot be built: ValueError: no such thing (line "),
         ("number", "returns a value of type int, not a torch.nn.Module"),
-        ("seeded", "calls torch.manual_seed, so that all seeds begin with equal weights; leave it out"),
-        ("made", "is a module that has been made already"),
+        ("seeded", "calls torch.manual_seed, so all seeds would start alike; remove the call"),
+        ("made", "is an existing module"),
         ("Nett", "did you mean 'Net'?"),
     ],
 )
@@ -98,7 +98,7 @@ def test_refused(file: Path, name: str, said: str) -> None:
 
 def test_the_same_module_twice_is_refused(file: Path) -> None:
     models.build("mine.py:same", (1, 3, 4), 3)
-    with pytest.raises(ConfigError, match="returns the same module again"):
+    with pytest.raises(ConfigError, match="returns the same module twice"):
         models.build("mine.py:same", (1, 3, 4), 3)
 
 
@@ -126,8 +126,8 @@ class Pair(nn.Module):
     [
         (lambda: nn.Linear(4, 5), "maps inputs (2, 4) to (2, 5), but points needs (2, 3): 3 outputs for each sample"),
         (Scalar, "maps inputs (2, 4) to (2,), but points needs (2, 3)"),
-        (Pair, "it returns a tuple: name a module around it whose forward returns the outputs alone"),
-        (lambda: nn.Linear(6, 3), "does not take inputs of shape (2, 4), 2 samples of points: RuntimeError"),
+        (Pair, "it returns a tuple: wrap it in a module whose forward returns only the outputs"),
+        (lambda: nn.Linear(6, 3), "does not accept inputs of shape (2, 4), 2 samples of points: RuntimeError"),
     ],
 )
 def test_the_output_must_fit(make: Callable[[], nn.Module], said: str) -> None:

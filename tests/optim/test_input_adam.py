@@ -95,7 +95,7 @@ def test_a_state_continues_and_a_closure_is_called() -> None:
 
 @pytest.mark.parametrize("options", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}])
 def test_options_out_of_range(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="InputAdam takes"):
+    with pytest.raises(ConfigError, match="InputAdam needs"):
         InputAdam([nn.Parameter(torch.zeros(1))], **options)  # type: ignore[arg-type]
 
 

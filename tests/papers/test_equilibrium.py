@@ -146,5 +146,5 @@ def test_a_killed_process_is_told_in_one_line(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     assert dict(side_by_side(1, [3, 4], str, tmp_path)) == {3: "3", 4: "4"}
     assert torch.get_num_threads() == threads
-    with pytest.raises(ApicalError, match="a training was killed; the same command continues"):
+    with pytest.raises(ApicalError, match="a training was killed; run the same command again"):
         list(side_by_side(2, [0, signal.SIGKILL], signal.raise_signal, tmp_path))  # signal 0 is none

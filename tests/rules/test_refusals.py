@@ -81,7 +81,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ApicalError], str]] = {
     "half a depth of a residual network": (lambda: apical.models.CifarResNet(21, 3, 10), ConfigError, "6n + 2 layers"),
     "an autoencoder of other images": (
         lambda: apical.models.build("conv-autoencoder-8-8", (1, 8, 8), 10),
-        *(ConfigError, "an autoencoder makes its own images: 64 outputs, not 10"),
+        *(ConfigError, "an autoencoder reconstructs its input and needs 64 outputs; got 10"),
     ),
 }
 

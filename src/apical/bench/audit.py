@@ -1,7 +1,7 @@
 """Audits: train a rule for a few epochs, measure what it needs (:mod:`apical.diagnostics.plausibility`), check claims.
 
-Some rules compute what their papers' networks do in a closed form that reads weights, because it is faster. They are audited
-in the form that works as the network would (`Entry.physical`); tests show that the two agree.
+For speed, some rules compute the result of their paper's network in a closed form that reads weights. They are audited in
+the form that works as the network would (`Entry.physical`); tests show that the two agree.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from apical.errors import ConfigError
 from apical.rules.backprop import Backprop
 
 BATCH = 16
-"""Images on which a rule is examined; memory and time of simulated rules grow with them."""
+"""Number of images on which a rule is examined; memory and time of simulated rules grow with it."""
 
 POSITIONS = 256
 """Sequence positions on which a rule is examined; this sets the number of sequences, which is at least two."""
@@ -35,7 +35,7 @@ TESTED = 256
 """Largest number of test sequences on which a rule's accuracy is measured."""
 
 FUSED = {"form": "fused"}
-"""The form of product feedback alignment that stores the same as the literal one and is faster for many tokens."""
+"""The form of product feedback alignment that stores the same as the literal form and is faster for many tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Audited:
     """One rule's row.
 
     Attributes:
-        form: options under which it was examined, if they differ from its defaults.
-        accuracy: of test images, or tokens, after training.
-        claims: what a paper claims, by criterion, and whether the verdict agrees.
-        placement: layers grouped by what their error passes through, as one line.
+        form: options with which it was examined, if they differ from its defaults.
+        accuracy: accuracy on test images or tokens after training.
+        claims: by criterion, a paper's claim and whether the verdict agrees.
+        placement: layers grouped by what their errors pass through, as one line.
     """
 
     rule: str
@@ -68,7 +68,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
     Args:
         dataset: the data on which it is trained.
         epochs: passes over the training images before it is examined.
-        seed: of weights, feedback and data order.
+        seed: seed of weights, feedback and data order.
         lr: learning rate of that training.
 
     Raises:
@@ -76,7 +76,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
     """
     entry = find_rule(rule)
     if dataset.is_regression:
-        raise ConfigError(f"an audit needs classes, but the targets of {dataset.name} are numbers; choose other --data")
+        raise ConfigError(f"an audit needs classes, but the targets of {dataset.name} are numbers; choose another --data")
     loss: LossName = "token_cross_entropy" if dataset.is_sequences else "cross_entropy"
     plain = Recipe(rule=rule, model=model, data=dataset.name, epochs=epochs, seed=seed, lr=(lr,), probe=0, loss=loss)
     recipe, _ = resolve(plain, len(dataset.train), dataset.classes)
@@ -87,7 +87,7 @@ def audit(rule: str, model: str, dataset: Dataset, epochs: int, seed: int, lr: f
         quick = FUSED if dataset.is_sequences and entry.physical.get("form") == "literal" else {}
         recipe = replace(recipe, rule_options=merged(recipe.rule_options, _options({**entry.physical, **quick})))
         trained = _made(recipe, dataset)
-    train(trained, recipe, dataset)  # in the fast form if that has the same weights: it learns the same
+    train(trained, recipe, dataset)  # in the fast form if it has the same weights: the result is the same
     examined.load_state_dict(trained.state_dict())
     answers = dataset.train.answers
     inputs, targets = probe_batch(dataset.train, BATCH if answers == 1 else min(max(POSITIONS // answers, 2), BATCH))

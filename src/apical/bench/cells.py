@@ -27,7 +27,7 @@ def kept(path: Path, config: Mapping[str, Any], make: Callable[[], dict[str, Any
         config: the settings that determine it; tuples in it are lists in the file.
 
     Raises:
-        CheckpointError: the file is damaged, or of another configuration.
+        CheckpointError: the file is damaged, or has a different configuration.
     """
     config = json.loads(json.dumps(dict(config)))
     if path.exists():
@@ -77,7 +77,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
             for done in as_completed(running):
                 yield running[done], done.result()
         except BrokenProcessPool as error:
-            raise ApicalError(f"a training was killed; the same command continues from what is in {out}") from error
+            raise ApicalError(f"a training was killed; run the same command again to continue from {out}") from error
         except BaseException:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -86,7 +86,7 @@ def side_by_side(jobs: int, parts: Sequence[Part], make: Callable[[Part], Made],
 
 
 def _begin(environment: dict[str, str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server may have begun before it was ignored
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server may have started before it was ignored
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # or while it was blocked
     children.adopt(environment)

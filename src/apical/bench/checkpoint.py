@@ -124,13 +124,13 @@ def read_sealed(path: Path, name: str) -> dict[str, Any]:
         CheckpointError: the file is damaged.
         OSError: it is not there or may not be read.
     """
-    file = open(path, "rb")  # noqa: SIM115 - closed below; for some damage torch raises an OSError, which open does not
+    file = open(path, "rb")  # noqa: SIM115 - closed below; an OSError from torch means damage, one from open does not
     try:
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about damage
             with zipfile.ZipFile(file) as archive:
                 if (member := archive.testzip()) is not None:
-                    raise ValueError(f"{member} in it has another checksum")
+                    raise ValueError(f"{member} in it fails its checksum")
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):

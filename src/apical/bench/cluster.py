@@ -20,8 +20,8 @@ def cluster(address: str, jobs: int | None) -> Iterator[Run]:
     restarted, at most :data:`RETRIES` times.
 
     Args:
-        address: of the cluster, or "local".
-        jobs: workers of a local one; None takes one per core.
+        address: address of the cluster, or "local".
+        jobs: number of workers of a local cluster; None means one per core.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers.

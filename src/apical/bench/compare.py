@@ -26,7 +26,7 @@ from apical.errors import DivergenceError
 
 Refresh = Callable[[], None]
 RUNS = ("runs", "runs/*", "runs/*/seed-*")
-"""Names of the folders that lead to a comparison's runs, outermost first."""
+"""Names of the nested folders that contain a comparison's runs, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Job:
         recipes: one resolved recipe per rule; their seeds are replaced by `seeds`.
         seeds: seeds to run each rule with.
         out: the comparison's folder.
-        make_rule: builds a rule; importable by name.
-        command: the command line, recorded.
+        make_rule: function that builds a rule; importable by name.
+        command: command line to record.
         jobs: parallel processes; 0 means one per seed, at most one per core.
-        notes: per rule, settings chosen automatically.
+        notes: automatically chosen settings, per rule.
         about: further entries of compare.json, such as published numbers.
         events: also write TensorBoard events into the run folders.
         ray: address of a Ray cluster that trains the seeds, or "local"; None trains them here.
@@ -85,7 +85,7 @@ def cores() -> int:
 
 
 def check(job: Job) -> None:
-    """Refuse a comparison whose results could not be written. Writes nothing.
+    """Raise an error if the results of a comparison could not be written. Writes nothing.
 
     Raises:
         ConfigError: the folder is not empty or not writable.
@@ -111,7 +111,7 @@ def run(job: Job, stop: StopSignals, refresh: Refresh) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: another process is running a comparison in the folder, or has done so since the check.
-        Interrupted: a signal came; every run is saved.
+        Interrupted: a signal was received; every run is saved.
         ApicalError: a worker failed.
         OSError: disk full or no permission.
     """
@@ -161,7 +161,7 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
     """Train all rules with one seed in this process, an epoch of each in turn.
 
     Raises:
-        Interrupted: a signal came; every run is saved.
+        Interrupted: a signal was received; every run is saved.
     """
     with ExitStack() as held:
         open_runs = _open_runs(job, seed, stop, refresh, held)
@@ -172,7 +172,7 @@ def train_seed(job: Job, seed: int, stop: StopSignals, refresh: Refresh) -> None
                 try:
                     training.train_epoch()
                 except DivergenceError:
-                    open_runs.remove(training)  # its result.json says so; the others continue
+                    open_runs.remove(training)  # recorded in its result.json; the others continue
                 refresh()
         for training in open_runs:
             result = training.result()

@@ -71,7 +71,7 @@ def _row(figure: str, rule: str, what: str, mark: str, measured: Row, holds: boo
 
 
 def series(cells: Sequence[Mapping[str, Any]], *path: Any) -> list[Any]:
-    """What stands at the end of a path of keys and places, one value per meta-seed.
+    """Return the value at a path of keys and indices, for each meta-seed.
 
     >>> series([{"bp": [0.5, 0.75]}, {"bp": [0.25, 1.0]}], "bp", -1)
     [0.75, 1.0]
@@ -89,7 +89,7 @@ def by_name(cells: Sequence[Mapping[str, Any]], part: str) -> dict[str, list[Any
 
 
 def table(title: str, note: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> Row:
-    """A table of texts and of values over meta-seeds, which are shown as their mean with its 95 % interval."""
+    """Return a table of texts and of values over meta-seeds, shown as their mean with its 95 % interval."""
     lines = [[cell if isinstance(cell, str) else shown(cell) for cell in row] for row in rows]
     return {"title": title, "note": note, "header": [*header], "rows": lines}
 

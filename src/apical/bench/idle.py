@@ -1,4 +1,4 @@
-"""Given settings that would have no effect: they are refused, not ignored."""
+"""Settings that would have no effect raise an error instead of being ignored."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,13 +15,13 @@ _RATES = ("feedback_lr", "feedback_beta1", "feedback_beta2", "feedback_eps", "fe
 def refuse_idle(
     given: Mapping[str, Any], recipes: Sequence[Recipe], dataset: Dataset, *, has_feedback: bool, axes: Collection[str] = ()
 ) -> None:
-    """Refuse given settings that none of the recipes uses.
+    """Raise an error if none of the recipes uses a given setting.
 
     Args:
         given: the recipe's fields that the user set, and their values; values equal to the default are accepted.
         recipes: complete recipes of all rules.
         has_feedback: whether a rule has feedback weights that learn separately.
-        axes: fields that a search varies; they count as given.
+        axes: fields varied by a search; they count as given.
 
     Raises:
         ConfigError: names the options, and why.
@@ -48,4 +48,4 @@ def refuse_idle(
     idle |= {name: f"--space {name}" for name in axes if name in reasons}
     if idle:
         said = ", ".join(f"{option} ({reasons[name]})" for name, option in idle.items())
-        raise ConfigError(f"without effect here: {said}; drop {'it' if len(idle) == 1 else 'them'}")
+        raise ConfigError(f"no effect here: {said}; drop {'it' if len(idle) == 1 else 'them'}")

@@ -81,7 +81,7 @@ def find(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
             first, other = getattr(entries[0][2], field), getattr(recipe, field)
             if first != other:
                 where = f"{entries[0][1]} has {first}"
-                raise ConfigError(f"{path} has another loss surface: {field} {other}, but {where}; plot them separately")
+                raise ConfigError(f"{path} has a different loss surface: {field} {other}, but {where}; plot them separately")
     cells = [(recipe.rule_name, recipe.seed) for _, _, recipe in entries]
     repeated = {rule for rule, seed in cells if cells.count((rule, seed)) > 1}
     runs = []
@@ -108,7 +108,7 @@ def run_folders(source: Path) -> list[Path]:
 
 
 def check_weights(runs: Iterable[Run], model: nn.Module) -> None:
-    """Refuse trajectories of another model than `model`.
+    """Raise an error if a trajectory belongs to a model other than `model`.
 
     Raises:
         CheckpointError: names or shapes of the parameters differ.

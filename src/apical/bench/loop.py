@@ -67,7 +67,7 @@ class Training:
         make_rule: builds the rule; called right after the model is drawn from the recipe's seed.
         folder: the run's folder.
         world: this process's rank under torchrun.
-        stop: signals to obey between steps; None obeys none.
+        stop: signals that are checked between steps; None checks none.
 
     Attributes:
         epoch: finished epochs.
@@ -140,7 +140,7 @@ class Training:
         """Continue from the folder's checkpoint, or create the folder and measure epoch 0.
 
         Args:
-            environment: what is kept of machine and versions; None looks.
+            environment: machine and versions to record; None detects them.
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run.
@@ -171,8 +171,8 @@ class Training:
         """Train to the end of the current epoch, measure, save; return the epoch's metrics line.
 
         Raises:
-            Interrupted: a signal came; the step is finished and saved.
-            DivergenceError: NaN or infinity; result.json says so and the last checkpoint stays.
+            Interrupted: a signal was received; the step is finished and saved.
+            DivergenceError: NaN or infinity occurred; it is recorded in result.json and the last checkpoint is kept.
         """
         if self.recipe.has_feedback_passes and self.world.size > 1:
             # DDP would otherwise treat parameters used by measurements as used in the next step
@@ -257,7 +257,7 @@ class Training:
         size = self.recipe.batch_size
         samples = order[step * size : (step + 1) * size]
         inputs, targets = self.dataset.train.inputs[samples], self.dataset.train.targets[samples]
-        if self.augment is not None:  # of the whole batch, so that the number of processes does not matter
+        if self.augment is not None:  # on the whole batch, so that the result does not depend on the number of processes
             inputs = self.augment(inputs, current.augmentation(self.device, self.recipe.seed, step))
         return self.world.own_slice(inputs), self.world.own_slice(targets)
 
@@ -284,7 +284,7 @@ class Training:
         self._sums.log(credit.logs)
 
     def _step_costs(self) -> dict[Phase, StepCost]:
-        """Return the cost of a step, by what it learns; measured once, and counted for the epoch."""
+        """Return the cost of a step by phase; measured once, then counted for every step of the epoch."""
         for current in {item.phase: item for item in self.passes if item.phase not in self._costs}.values():
             self.rule.phase = current.phase
             order = current.order(len(self.dataset.train), self.recipe.seed)

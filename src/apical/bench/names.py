@@ -157,7 +157,7 @@ RULES: dict[str, Entry] = {
     "csdp-memristor": _CSDP("csdp whose weights are pairs of memristors with 64 levels", {"levels": 64}),
     "dualprop": Entry(DualPropagation, "dual propagation: the error is the difference of two compartments in every neuron"),
     "sibp": Entry(SemiImplicit, "semi-implicit backpropagation: proximal steps through new weights", {"eta": 1.0}),
-    "tdca": _TDCA("top-down credit assignment: an evolved network hands out credit", {"teacher": "digits"}),
+    "tdca": _TDCA("top-down credit assignment: an evolved network assigns credit", {"teacher": "digits"}),
     "tdca-silent": _TDCA("tdca, a control: no credit to hidden units", {"teacher": "digits", "silent": True}),
     "tdca-unevolved": _TDCA("tdca, a control: the top-down network stays random"),
     "strong-dfc": Entry(
@@ -233,7 +233,7 @@ def find_rule(name: str) -> Entry:
     "path/to/file.py:Class", "module:Class".
 
     Raises:
-        ConfigError: there is none; the message names the nearest name, or what is wrong with the file.
+        ConfigError: the rule does not exist; the message gives the nearest name, or what is wrong with the file.
     """
     outer, colon, inner = name.partition(":")
     if colon and outer in AROUND:

@@ -22,7 +22,7 @@ from apical.diagnostics.persistence import persistence
 from apical.errors import ApicalError, ConfigError, require_choice
 
 Numbers = dict[str, dict[str, float | None]]
-"""Layer, or :data:`WHOLE`, to quantity to number; None if it is not finite."""
+"""Maps each layer, or :data:`WHOLE`, to quantities and their numbers; None if not finite."""
 
 WHOLE = "(network)"
 SAMPLES = 256
@@ -110,7 +110,7 @@ def find_measure(name: str) -> Measurer:
     """Return the measure with a name, or a user's own function.
 
     Raises:
-        ConfigError: there is none; names the nearest.
+        ConfigError: the measure does not exist; the message gives the nearest name.
     """
     if own_code.is_code(name):
         measure = own_code.import_from(name, "measure", "my_measures.py:sharpness")

@@ -24,10 +24,10 @@ def load_class(name: str) -> type[CreditRule]:
     if name in _memory:
         return _memory[name]
     if name.startswith(IN_MEMORY):
-        raise ConfigError(f"rule {name!r} was defined in the memory of the program that started this; continue from there")
+        raise ConfigError(f"rule {name!r} existed only in the memory of the program that started this; continue from there")
     where, _, kind = name.rpartition(":")
     if not where or not kind:
-        raise ConfigError(f"rule {name!r}: say file and class, such as my_rule.py:MyRule")
+        raise ConfigError(f"rule {name!r} needs a file and a class, such as my_rule.py:MyRule")
     module = import_module(where, "path/to/file.py:Class")
     member = getattr(module, kind, None)
     if member is None:
@@ -47,7 +47,7 @@ def remember(kind: type[CreditRule]) -> str:
     """Register a class of this process; return its name for :func:`load_class`.
 
     Raises:
-        ConfigError: it is no rule.
+        ConfigError: the class is not a rule.
     """
     if not _is_rule(kind):
         what = repr(kind) if isinstance(kind, type) else f"a {type(kind).__name__}"
@@ -63,7 +63,7 @@ def checked(rule: CreditRule, credit: object) -> Credit:
     """Return the credit that a rule returned for a batch.
 
     Raises:
-        ConfigError: it is not a credit.
+        ConfigError: the return value is not a credit.
     """
     if not isinstance(credit, Credit):
         raise ConfigError(f"{type(rule).__name__}.forward returns a {type(credit).__name__}, not apical.core.credit.Credit")

@@ -1,8 +1,8 @@
 """The passes over the training images that make up an epoch: forward and feedback weights may learn in turn.
 
-As the authors of deep feedback control train (arXiv 2106.07887): before the first epoch some passes that pre-train the
-feedback weights; then in each epoch one feedback pass, the forward pass, and further feedback passes. Without feedback
-passes there is one pass, in which a step learns everything.
+The order is that of the authors of deep feedback control (arXiv 2106.07887): passes that pre-train the feedback weights
+before the first epoch; then in each epoch one feedback pass, the forward pass, and any further feedback passes. Without
+feedback passes, an epoch is a single pass in which each step trains all weights.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Pass:
     """One pass.
 
     Attributes:
-        kind: "main" for the one in which the forward weights learn, else "feedback" or "pretrain".
-        phase: what the rule is told to learn.
-        epoch: the epoch it belongs to: 1, 2, ...
-        number: 0, 1, ... among the passes of its kind in the epoch.
-        first: steps of the epoch before this pass.
-        steps: its own steps.
+        kind: "main" for the pass in which the forward weights learn, otherwise "feedback" or "pretrain".
+        phase: weights that the rule learns in this pass.
+        epoch: its epoch: 1, 2, ...
+        number: its index among the passes of its kind in the epoch: 0, 1, ...
+        first: number of steps in the epoch before this pass.
+        steps: number of steps in this pass.
     """
 
     kind: Literal["pretrain", "feedback", "main"]
@@ -38,30 +38,30 @@ class Pass:
 
     @property
     def is_main(self) -> bool:
-        """Whether the forward weights learn."""
+        """Whether the forward weights learn in this pass."""
         return self.kind == "main"
 
     @property
     def end(self) -> int:
-        """Steps of the epoch up to the end of this pass."""
+        """Number of steps in the epoch up to the end of this pass."""
         return self.first + self.steps
 
     def order(self, examples: int, seed: int) -> Tensor:
-        """The order (examples,) in which this pass visits the training images; on the CPU."""
+        """Return the order (examples,) in which this pass visits the training images; on the CPU."""
         if self.is_main:
             return data_order(examples, seed, self.epoch)
         draw = generator("cpu", seed, f"{self.kind} order", self.epoch, self.number)
         return torch.randperm(examples, generator=draw)
 
     def augmentation(self, device: torch.device, seed: int, step: int) -> torch.Generator:
-        """The generator of the augmentation in step number `step` of this pass."""
+        """Return the random generator for augmentation in step `step` of this pass."""
         if self.is_main:
             return generator(device, seed, "augment", self.epoch, step)
         return generator(device, seed, f"{self.kind} augment", self.epoch, self.number, step)
 
 
 def passes(recipe: Recipe, epoch: int, steps: int) -> list[Pass]:
-    """The passes of epoch `epoch` (1, 2, ...), in order, where the main one has `steps` steps.
+    """Return the passes of epoch `epoch` (1, 2, ...) in order; the main pass has `steps` steps.
 
     >>> recipe = Recipe(pretrain_epochs=1, feedback_passes=2, feedback_fraction=0.5)
     >>> [(item.kind, item.phase, item.first, item.steps) for item in passes(recipe, 1, 10)]  # doctest: +NORMALIZE_WHITESPACE
@@ -89,5 +89,5 @@ def passes(recipe: Recipe, epoch: int, steps: int) -> list[Pass]:
 
 
 def total_steps(recipe: Recipe, epochs: int, steps: int) -> int:
-    """Steps of the first `epochs` epochs, over all their passes."""
+    """Return the number of steps in all passes of the first `epochs` epochs."""
     return sum(passes(recipe, epoch, steps)[-1].end for epoch in range(1, epochs + 1))

@@ -211,7 +211,7 @@ def run_command(
         print(f"apical: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        how = "the same command (apical reproduce: with --resume) continues from what is in"
+        how = "run the same command again (apical reproduce: with --resume) to continue from"
         print(f"stopped; {how} {settings.out}", file=sys.stderr)
         return 130
     for row in results["verdicts"]:

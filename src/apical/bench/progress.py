@@ -85,7 +85,7 @@ class Watch:
 
     Args:
         epochs: number of epochs to train.
-        anew: the present content of their folders will be replaced.
+        anew: whether the present content of their folders will be replaced.
     """
 
     def __init__(self, console: Console, runs: Sequence[Watched], epochs: int, *, anew: bool = False) -> None:

@@ -31,7 +31,7 @@ def environment(device: str, threads: int, processes: int = 1) -> dict[str, Any]
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """Return the git commit apical runs from, with "+changes" if files differ from it; None for an installed package."""
+    """Return the git commit from which apical runs, with "+changes" if files differ; None for an installed package."""
     folder = Path(__file__).resolve().parents[1]
     try:
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")

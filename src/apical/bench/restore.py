@@ -21,7 +21,7 @@ NESTED = ("logs", "layers", "depths", "measured", "matrices")
 
 
 def check_place(recipe: Recipe, epoch: int, step: int, steps_per_epoch: int) -> None:
-    """Refuse a position outside the training that the recipe describes.
+    """Raise an error for a position outside the recipe's training.
 
     Raises:
         ValueError: it is past the last epoch, or past the epoch's last step.
@@ -54,7 +54,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     """Load the optimiser's state.
 
     Raises:
-        ValueError: an option or a moment has another type or shape than in the optimiser, or is not finite.
+        ValueError: an option or a moment differs in type or shape from that of the optimiser, or is not finite.
         KeyError, TypeError, AttributeError, RuntimeError: it is not the state of an optimiser.
     """
     before = [{**group} for group in optimizer.param_groups]
@@ -69,7 +69,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 by_input = name == "exp_avg_sq" and isinstance(optimizer, InputAdam) and parameter.dim() > 1
                 shape = torch.Size((1, *parameter.shape[1:])) if by_input else parameter.shape
                 if value.shape != (torch.Size() if name in COUNTS else shape) or not bool(torch.isfinite(value).all()):
-                    raise ValueError(f"{name} is not finite or has another shape than its parameter")
+                    raise ValueError(f"{name} is not finite or differs in shape from its parameter")
             elif not (_alike(value, 0.0) if name in COUNTS else value is None):
                 raise ValueError(f"{name} is {value!r}")
 
@@ -90,7 +90,7 @@ def restore_partial(state: dict[str, Any], sums: Sums, timer: StepTimer, feedbac
 
 
 def check_line(line: dict[str, Any], epoch: object) -> None:
-    """Refuse anything but the metrics of a finished epoch.
+    """Raise an error unless the line has the metrics of a finished epoch.
 
     Raises:
         ValueError, TypeError: it belongs to another epoch, lacks a measurement, or has one that is not a finite number.
@@ -101,7 +101,7 @@ def check_line(line: dict[str, Any], epoch: object) -> None:
 
 
 def check_measurements(line: dict[str, Any]) -> None:
-    """Refuse measurements that are not finite, nested ones in place of a number, and numbers in place of nested ones.
+    """Raise an error for non-finite measurements, and for nested ones in place of a number or vice versa.
 
     Raises:
         ValueError: names the first.
@@ -113,7 +113,7 @@ def check_measurements(line: dict[str, Any]) -> None:
 
 
 def check_leaves(values: dict[str, Any]) -> None:
-    """Refuse nested measurements that are neither finite numbers nor None.
+    """Raise an error if a nested measurement is neither a finite number nor None.
 
     Raises:
         ValueError: names the first.

@@ -50,7 +50,7 @@ class RunFolder:
         self._lock = FolderLock(path)
 
     def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> State:
-        """Return what starting `recipe` here would mean. Writes nothing.
+        """Return the state from which a run of `recipe` would start here. Writes nothing.
 
         Raises:
             ConfigError: the folder cannot be created or written, or is not empty and neither flag is given.
@@ -256,8 +256,8 @@ class FolderLock:
         """
         if self._file is not None and not _is_at(self._file, self.path):
             raise CheckpointError(
-                f"{self.folder} was moved, removed or replaced while results were written to it; if it was moved, resume in "
-                "its new place"
+                f"{self.folder} was moved, removed or replaced while results were written to it; if it was moved, resume at "
+                "its new location"
             )
 
     def release(self, *, remove: bool = False) -> None:

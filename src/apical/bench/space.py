@@ -180,13 +180,13 @@ def _typed(name: str, before: Any, value: Any) -> Any:
 
 
 class Grid:
-    """Given settings, in order."""
+    """A fixed list of settings, in order."""
 
     def __init__(self, settings: Sequence[Settings]) -> None:
         self.left = list(settings)
 
     def ask(self, count: int) -> list[Settings]:
-        """The next ones, at most `count`; empty when there are no more."""
+        """Return the next settings, at most `count`; empty if there are none left."""
         trials, self.left = self.left[:count], self.left[count:]
         return trials
 
@@ -218,7 +218,7 @@ class Optuna:
         self.failed = optuna.trial.TrialState.FAIL
 
     def ask(self, count: int) -> list[Settings]:
-        """The next ones, at most `count`; empty when there are no more."""
+        """Return the next settings, at most `count`; empty if there are none left."""
         self.asked = [self.study.ask() for _ in range(min(count, self.left))]
         self.left -= len(self.asked)
         return [{axis.name: _suggested(trial, axis) for axis in self.axes} for trial in self.asked]

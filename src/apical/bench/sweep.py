@@ -31,7 +31,7 @@ from apical.data import Dataset
 from apical.errors import ApicalError, DivergenceError
 
 ATTEMPTS = 3
-"""How many times in a row trainings may be killed without any progress."""
+"""How many times in a row trainings may be killed without progress."""
 
 NOTE = "a trial of a sweep: what is called test here are its validation images"
 
@@ -106,7 +106,7 @@ def train(
     """Run one training of a trial in this process, from its checkpoint if there is one; divergence also finishes it.
 
     Raises:
-        Interrupted: a signal came; it is saved.
+        Interrupted: a signal was received; the training is saved.
         ApicalError: the recipe cannot be trained.
     """
     folder = RunFolder(path)
@@ -122,7 +122,7 @@ def train(
             training.train_epoch()
         write_state(folder.result, training.result())
     except DivergenceError:
-        pass  # its result.json says so
+        pass  # recorded in its result.json
     finally:
         folder.unlock()
 

@@ -112,7 +112,7 @@ def own_training(recipe: Recipe) -> dict[str, Any]:
 
 
 def tuned_rate(recipe: Recipe) -> float | None:
-    """Return the learning rate tuned for a recipe, or for the rule of which its rule is a variant; None if there is none.
+    """Return the tuned learning rate for a recipe, or for the rule that its rule is a variant of; None if not tuned.
 
     >>> tuned_rate(Recipe(rule="ccl-frozen")), tuned_rate(Recipe(rule="grapes:bp")), tuned_rate(Recipe(rule="ep"))
     (0.2, 0.05, None)

@@ -34,7 +34,7 @@ SEQUENCES = 500
 
 
 def run(flags: "Audit", command: str) -> int:
-    """Audit the rules; returns the exit status."""
+    """Audit the rules; return the exit status."""
     rules = list(dict.fromkeys(flags.rules or RULES))
     started, threads = time.perf_counter(), torch.get_num_threads()
     with held(flags.out, "auditing", partial(_check, flags)):

@@ -63,7 +63,7 @@ DIVERGED = 3
 
 
 def compare(flags: "Compare", command: str) -> int:
-    """Train the rules side by side and report; returns the exit status."""
+    """Train the rules side by side and report; return the exit status."""
     try:
         rows, page = run_comparison(flags, command, Terminal())
     except Interrupted as interrupted:
@@ -77,7 +77,7 @@ def compare(flags: "Compare", command: str) -> int:
 
 
 def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[list[dict[str, Any]], Path]:
-    """Train the rules side by side, print the final table, write the report; returns summary.json's rows, and the page."""
+    """Train the rules side by side, print the final table, write the report; return summary.json's rows and the page."""
     if under_torchrun():
         raise ConfigError("apical compare runs its own processes; under torchrun use apical train")
     check_least(flags, seeds=1, jobs=0)
@@ -121,25 +121,25 @@ def run_comparison(flags: "Compare", command: str, console: Console) -> tuple[li
 
 
 def check_rules(rules: Sequence[str], flags: Any) -> list[str]:
-    """Return the names of the rules; refuse unknown names, duplicates, and options that none of the rules takes."""
+    """Return the names of the rules; raise an error for unknown names, duplicates, and options that no rule takes."""
     for rule in rules:
         find_rule(rule)
     names = [rule_name(rule) for rule in rules]
     if len(set(names)) != len(names):
-        remedy = "" if len(set(rules)) != len(rules) else "; results are named after the class: rename one of them"
+        remedy = "" if len(set(rules)) != len(rules) else "; results are named after the class, so rename one of them"
         raise ConfigError(f"--rules names a rule twice: {' '.join(rules)}{remedy}")
     check_options(rules, flags.rule_options or ())
     return names
 
 
 def check_epochs(recipes: Sequence[Recipe]) -> None:
-    """Refuse recipes that train for different numbers of epochs."""
+    """Raise an error if the recipes train for different numbers of epochs."""
     if len({item.epochs for item in recipes}) > 1:
         raise ConfigError("the rules of this recipe train for different numbers of epochs; set --epochs")
 
 
 def train(flags: "Train", command: str) -> int:
-    """Train one rule; returns the exit status."""
+    """Train one rule; return the exit status."""
     refuse_numbers(flags)
     study = find_study(flags.recipe)
     find_rule(flags.rule)
@@ -234,7 +234,9 @@ def _taught_by(flags: "Flags", rule: str) -> tuple[str, ...]:
     """Return the option that sets the rule's teacher file; empty for rules of a comparison without a teacher."""
     of_them = getattr(flags, "rules", None) or (rule,)
     if not any("teacher" in constructor_options(find_rule(other)) for other in of_them):
-        raise ConfigError(f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; it is for tdca")
+        raise ConfigError(
+            f"--teacher {flags.teacher}: none of the rules {' '.join(of_them)} has a teacher; use it with tdca"
+        )
     return (f"teacher={str(flags.teacher)!r}",) if "teacher" in constructor_options(find_rule(rule)) else ()
 
 
@@ -249,8 +251,8 @@ def prepare(
     """Return the recipes with the rules' defaults, and notes. Builds each model and rule once, to check that it works.
 
     Args:
-        tell: receives a line where the trained network differs from the model as it is named.
-        given: settings that the user gave; those without any effect are refused.
+        tell: called with a line of text if the trained network differs from the named model.
+        given: settings given by the user; those without any effect raise an error.
     """
     first = drafts[0]
     pick_device(first.device)
@@ -290,7 +292,7 @@ def prepare(
 
 
 def refuse_untaught(recipe: Recipe, rule: CreditRule, dataset: Dataset) -> None:
-    """Refuse what a rule cannot train before any training starts; some rules detect it only at their first batch.
+    """Raise a rule's errors before any training starts; some rules detect what they cannot train only at the first batch.
 
     Args:
         rule: a throw-away instance, not used afterwards.
@@ -313,7 +315,7 @@ def named(recipe: Recipe) -> Iterator[None]:
 
 
 FEW = 8
-"""Samples of a batch on which a rule is tried."""
+"""Number of samples on which a rule is tried."""
 
 _NUMBERS = {
     "rules": "expected names of rules, such as pfa; --seeds sets the number of seeds per rule, --epochs the training length",
@@ -325,7 +327,7 @@ _NUMBERS = {
 
 
 def refuse_numbers(flags: Any) -> None:
-    """Refuse a number or an empty value where a name is expected, and name the option that was probably meant."""
+    """Raise an error for a number or an empty value in place of a name, and suggest the option probably meant."""
     for option, remedy in _NUMBERS.items():
         values = getattr(flags, option, None)
         where = option if option == "rules" and hasattr(flags, "model") and not hasattr(flags, "seeds") else f"--{option}"

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def run(flags: "Evolve", command: str) -> int:
-    """Evolve a top-down network; returns the exit status."""
+    """Evolve a top-down network; return the exit status."""
     recipe, folder = identified(drafted(flags)), EvolutionFolder(flags.out)
     task = classification(recipe)
-    Search(strategy(recipe), task.start)  # these two refuse impossible settings before anything is written
+    Search(strategy(recipe), task.start)  # these two raise errors for invalid settings before anything is written
     for which in range(len(task.sets)):
         task.sample(recipe.seed, which)
     folder.check(recipe, resume=flags.resume, overwrite=flags.overwrite)

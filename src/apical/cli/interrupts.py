@@ -1,4 +1,4 @@
-"""Ctrl-C outside a training: one line and exit status 130, whatever is being imported or computed."""
+"""Handle Ctrl-C outside a training: one line and exit status 130, whatever is being imported or computed."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ class Raise:
     """Handler of SIGINT that raises KeyboardInterrupt.
 
     Attributes:
-        came: whether SIGINT came: the exception may be swallowed; a training that starts afterwards then stops immediately.
+        came: whether SIGINT was received. The exception may be swallowed; a training that starts later stops at its start.
     """
 
     came = False

@@ -76,7 +76,7 @@ def _check(flags: "Landscape") -> None:
 def _tell(record: dict[str, Any]) -> None:
     """Print the numbers that accompany the figure."""
     for path in record["diverged"]:
-        say(f"left out, because it diverged: {path}")
+        say(f"left out because it diverged: {path}")
     for seed, same in record["same_start"].items():
         if not same:
             say(f"the runs with seed {seed} start from different weights")

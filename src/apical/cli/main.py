@@ -159,7 +159,7 @@ def _status(arguments: Sequence[str]) -> int:
     except OSError as error:
         message = _said(error, parsed)
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # how rich ends in this case
+        if isinstance(error.__context__, BrokenPipeError):  # rich exits this way
             return _unheard()
         if parsed is None:  # tyro's, after help
             raise
@@ -181,7 +181,7 @@ def _status(arguments: Sequence[str]) -> int:
 
 def _unheard() -> int:
     """Return the exit status of a program whose reader, such as `head`, has closed the pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that Python flushes at exit
     return 128 + 13
 
 

@@ -96,7 +96,7 @@ def _check(flags: "Measure") -> None:
     given = {"--data": flags.data != "digits", "--init": bool(flags.init), "--seed": bool(flags.seed)}
     idle = [option for option, is_given in given.items() if is_given]
     if idle and all(Path(target).is_dir() for target in flags.targets):
-        raise ConfigError(f"without effect here: {', '.join(idle)} (folders have their own); drop it")
+        raise ConfigError(f"no effect here: {', '.join(idle)} (folders have their own); drop it")
     for name in flags.measure:
         find_measure(name)
     check_alone("measure", flags, "what was measured")
@@ -172,9 +172,9 @@ def _tell(record: Mapping[str, Any], tables: Sequence[tuple[str, str, list[str],
     alone = len({row["network"] for row in record["rows"]}) == 1
     for _, title, heads, lines in tables:
         if heads[1] == "layer":
-            if not alone:  # the page has them
+            if not alone:  # the page shows them
                 continue
-            heads, lines = heads[1:], [line[1:] for line in lines]  # whose layers is plain
+            heads, lines = heads[1:], [line[1:] for line in lines]  # it is clear whose layers these are
         say(f"\n{title}")
         show_table(heads, lines, left=(heads[0], "layer"), whole=True)
     for note in record["notes"]:

@@ -46,7 +46,7 @@ def run(flags: "Reproduce", command: str) -> int:
     for name, table in tables.items():
         status = reproduce(name, table, flags, command)
         worst = worst or status
-        if status > 128:  # a signal: the user does not want the rest either
+        if status > 128:  # a signal: do not run the remaining tables either
             return status
     return worst
 
@@ -131,7 +131,7 @@ def _compare(table: Table, path: Path, sizes: Sizes, flags: "Reproduce", command
 def _module(table: Table, path: Path, sizes: Sizes, flags: "Reproduce") -> int:
     lock = FolderLock(path) if table.result == "folder" else FolderLock(path.parent, f".{path.name}.lock")
     lock.hold("reproducing", wait=0)
-    _check(table, path, flags)  # again: its last holder may have written to it since
+    _check(table, path, flags)  # again: the last holder of the lock may have written to it
     if flags.overwrite:
         remove_tree(path / "cells", path)
     options = [word for key, value in sizes.items() for word in (f"--{key.replace('_', '-')}", *str(value).split())]

@@ -43,7 +43,7 @@ SHARE = 10
 
 
 def run(flags: "Sweep", command: str) -> int:
-    """Search, choose, test; return the exit status."""
+    """Search, select and test; return the exit status."""
     rules, drafts, axes = _planned(flags)
     lock = _open(flags, command, drafts, axes)
     here = nullcontext(in_processes(make_rule, command, flags.jobs or cores()))
@@ -107,7 +107,7 @@ def _refuse_idle(
     axes: Mapping[str, Sequence[Axis]],
     recipes: Sequence[Recipe],
 ) -> None:
-    """Refuse settings and axes that no trial of any rule would use."""
+    """Raise an error for settings and axes that no trial of any rule would use."""
     dataset, tried = load_data(drafts[0]), list(recipes)
     for rule, recipe in zip(rules, drafts, strict=True):
         for axis in axes[rule]:
@@ -152,7 +152,7 @@ def _open(flags: "Sweep", command: str, drafts: Sequence[Recipe], axes: Mapping[
         saved = read_json(path)
         if not isinstance(saved.get("recipes"), dict) or not all(isinstance(r, dict) for r in saved["recipes"].values()):
             raise CheckpointError(f"{path} is damaged (it has no recipes); {REMEDY}")
-        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added or left out
+        plan["recipes"] = {**saved["recipes"], **recipes}  # rules may be added or dropped
         asked = json.loads(json.dumps(plan))
         unlike = [key for key in asked if key != "recipes" and saved.get(key) != asked[key]]
         settled = {rule_name(rule): {axis.name for axis in of_rule} for rule, of_rule in axes.items()}

@@ -18,7 +18,7 @@ from apical.bench.run_folder import FolderLock
 from apical.errors import ConfigError
 
 Terminal = partial(Console, markup=False, emoji=False)
-"""A console that prints texts as they are, not `[bold]` as a style or the end of `my_data.py:cat:` as a picture."""
+"""A console that prints texts literally, without `[bold]` as a style or the end of `my_data.py:cat:` as an emoji."""
 
 
 def say(text: str, console: Console | None = None) -> None:
@@ -49,7 +49,7 @@ def show_table(heads: Sequence[str], lines: Iterable[Sequence[str]], left: Seque
 
 @contextmanager
 def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = True) -> Iterator[Callable[..., None]]:
-    """Show a progress bar, only in a terminal; yield what updates it, by `advance`, `completed` or `description`."""
+    """Show a progress bar, only in a terminal; yield a function to update `advance`, `completed` or `description`."""
     console = Terminal()
     if not console.is_terminal:
         yield lambda **changes: None
@@ -60,7 +60,7 @@ def bar(total: int, text: str = "", *columns: ProgressColumn, transient: bool = 
 
 
 def check_alone(command: str, flags: Any, what: str) -> None:
-    """Refuse torchrun, and a folder that cannot be written or whose content must not be replaced."""
+    """Raise an error under torchrun, or if the folder cannot be written or its content must not be replaced."""
     if under_torchrun():
         raise ConfigError(f"apical {command} is single-process; do not run it under torchrun")
     if flags.out is not None:

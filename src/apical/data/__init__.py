@@ -1,7 +1,7 @@
 """Data sets as normalised tensors: readers, checksummed downloads, augmentation.
 
-`load` finds a set under $APICAL_DATA or in the cache folder; `digits`, which comes with scikit-learn, and `student-teacher`
-need neither.
+`load` looks for a set under $APICAL_DATA and in the cache folder. `digits`, which is bundled with scikit-learn, and
+`student-teacher` need neither.
 """
 
 from apical.data.augment import Augment

@@ -1,4 +1,4 @@
-"""Both splits of a set as they come from disk, and the readers of .npz and LIBSVM files."""
+"""Raw arrays of both splits, and readers of .npz and LIBSVM files."""
 
 import io
 import tokenize
@@ -30,7 +30,7 @@ NPZ_DAMAGE = (
 
 
 def read_npz(path: Path, names: tuple[str, ...], remedy: str = "replace it") -> list[NDArray[Any]]:
-    """The arrays `names` of a .npz file (never unpickling anything); `DataError` when damaged or incomplete."""
+    """Return the arrays `names` of a .npz file without unpickling; raise `DataError` if it is damaged or incomplete."""
     try:
         containers.check_zip(path)
         with np.load(path, allow_pickle=False) as archive:
@@ -47,7 +47,7 @@ def _images(array: NDArray[Any], path: Path, remedy: str) -> NDArray[Any]:
 
 
 def read_kmnist(folder: Path, remedy: str) -> Arrays:
-    """Kuzushiji-MNIST from its four official .npz files, or from the two of the test split alone."""
+    """Read Kuzushiji-MNIST from its four official .npz files, or only from the two of the test split."""
 
     def split(part: str) -> Labelled:
         path = folder / f"kmnist-{part}-imgs.npz"
@@ -60,7 +60,7 @@ def read_kmnist(folder: Path, remedy: str) -> Arrays:
 
 
 def read_kmnist_10k(folder: Path, remedy: str) -> Arrays:
-    """The test split of Kuzushiji-MNIST in two: four fifths to learn from, in an order drawn once and for all."""
+    """Split the test images of Kuzushiji-MNIST in two: four fifths for training, in a fixed random order."""
     images, labels = read_kmnist(folder, remedy).test
     order = np.random.default_rng(0).permutation(len(images))
     train, test = np.split(order, [4 * len(order) // 5])
@@ -68,7 +68,7 @@ def read_kmnist_10k(folder: Path, remedy: str) -> Arrays:
 
 
 def read_usps_npz(folder: Path, remedy: str) -> Arrays:
-    """USPS from one .npz file: grey values times 1000, from -1000 to 1000."""
+    """Read USPS from one .npz file: grey values times 1000, from -1000 to 1000."""
     path = folder / "usps.npz"
     names = ("train_images", "train_labels", "test_images", "test_labels")
     train_images, train_labels, test_images, test_labels = read_npz(path, names, remedy)
@@ -77,7 +77,7 @@ def read_usps_npz(folder: Path, remedy: str) -> Arrays:
 
 
 def read_usps_libsvm(folder: Path, remedy: str) -> Arrays:
-    """USPS as LIBSVM distributes it (labels 1..10, grey values -1..1), brought to the values of the .npz file."""
+    """Read USPS as distributed by LIBSVM (labels 1..10, grey values -1..1), converted to the values of the .npz file."""
     from sklearn.datasets import load_svmlight_file
 
     def split(name: str) -> Labelled:

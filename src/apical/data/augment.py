@@ -1,4 +1,4 @@
-"""Random flips and crops of whole batches, on whatever device they are."""
+"""Random flips and crops of whole batches, on the device of the batch."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from apical.errors import ConfigError
 
 @dataclass(frozen=True)
 class Augment:
-    """Mirror each image left to right with probability 1/2 (`flip`) and move it by up to `crop` pixels each way.
+    """Mirror each image horizontally with probability 1/2 (`flip`) and shift it by up to `crop` pixels each way.
 
-    Moving is the usual random crop of an image padded by `crop` zeros on every side. The zeros are added to the
-    batch as it comes: in a normalised batch they are the mean colour.
+    The shift is the usual random crop of an image padded by `crop` zeros on every side. The zeros are added to the
+    batch as given: in a normalised batch they are the mean colour.
     """
 
     flip: bool = False
@@ -25,10 +25,10 @@ class Augment:
             raise ConfigError(f"crop must not be negative; got {self.crop}")
 
     def __call__(self, batch: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented copy of `batch` (N, C, H, W), the same for the same state of `generator`.
+        """Return an augmented copy of `batch` (N, C, H, W), determined by the state of `generator`.
 
-        Every image draws its own flip and shift, on the generator's device (the batch's if there is none).
-        Without flip and crop the batch itself comes back. Raises `ConfigError` for another shape.
+        Flip and shift are drawn for each image, on the generator's device (the batch's if there is none).
+        Without flip and crop the batch itself is returned. Raises `ConfigError` for any other shape.
         """
         if batch.dim() != 4:
             raise ConfigError(f"augmentation needs images (N, C, H, W); got shape {tuple(batch.shape)}")

@@ -1,4 +1,4 @@
-"""The data sets apical knows: shapes, normalisation, the folder layouts they may have, and where to fetch them."""
+"""The built-in data sets: shapes, normalisation, accepted folder layouts, and where to download them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ Reader = Callable[[Path, str], arrays.Arrays]
 
 @dataclass(frozen=True)
 class Layout:
-    """One folder layout of a data set: present where each of `files` is (a trailing `?` allows `.gz` as well)."""
+    """One folder layout of a data set, present if all `files` are (a trailing `?` also allows `.gz`)."""
 
     folder: str
     files: tuple[str, ...]
@@ -27,7 +27,7 @@ class Layout:
     note: str = ""
 
     def missing(self, root: Path) -> list[str] | None:
-        """Names of the files that `root` lacks; None if it lacks the folder itself."""
+        """Return the names of files missing under `root`; None if the folder itself is missing."""
         folder = root / self.folder
         if not folder.is_dir():
             return None
@@ -44,10 +44,10 @@ class Layout:
 class Remote:
     """Where a set is published: `files` at `base` with their checksums, kept in `folder`.
 
-    A checksum is SHA-256 (64 hex digits) where a file with the published md5 was at hand to compute it from, otherwise the
-    published md5 itself (32 digits), which shows a broken download but would not stop a forged one.
+    A checksum is SHA-256 (64 hex digits) if a file with the published MD5 was available to compute it from, otherwise the
+    published MD5 itself (32 digits), which detects a broken download but not a forged one.
 
-    With `members` the one file is a .tar.gz of which just these members (path and checksum) are kept.
+    With `members`, the single file is a .tar.gz from which only these members (path and checksum) are kept.
     """
 
     base: str
@@ -58,7 +58,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Made:
-    """How a set comes about that needs no files: where from, in words, its maker, and how many samples it has."""
+    """A set that needs no files: its origin in words, the function that makes it, and its numbers of samples."""
 
     source: str
     make: Callable[[], arrays.Arrays]
@@ -70,8 +70,8 @@ class Made:
 class Entry:
     """One data set. Raw pixels from `low` to `high` are scaled to 0..1 before `mean` and `std` apply.
 
-    Its targets are class labels, numbers (`classes` of them per sample), or the normalised images themselves, flat; or
-    tokens, one for each of a sequence, and then `sequences` makes it.
+    Its targets are class labels, numbers (`classes` per sample), the flattened normalised images themselves, or tokens, one
+    for each position of a sequence; the last kind is made by `sequences`.
     """
 
     what: str
@@ -89,14 +89,14 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """The entry of a known data set; `ConfigError` with the nearest name for another."""
+    """Return the entry of a data set; raise `ConfigError` with the nearest name if it is unknown."""
     if name not in ENTRIES:
         raise unknown_data(name)
     return ENTRIES[name]
 
 
 def unknown_data(name: str) -> ConfigError:
-    """The error for a name of no data set: with the nearest name, and what else could stand there."""
+    """Return the error for an unknown data set, with the nearest name and the forms of user data."""
     return ConfigError(
         f"{unknown_name('data set', name, ENTRIES)}; or your own: FILE.npz, FILE.csv, FILE.txt, FOLDER, FILE.py:FUNCTION"
     )
@@ -117,7 +117,7 @@ def _mnist_like(
     before: tuple[Layout, ...] = (),
     after: tuple[Layout, ...] = (),
 ) -> Entry:
-    """Ten classes of 28x28 grey images in MNIST's four IDX files, or in other layouts, looked for before and after these."""
+    """Return an entry of 28x28 grey images in ten classes, in MNIST's four IDX files or in layouts tried before or after."""
     layout = Layout(folder, tuple(f"{name}?" for name in idx.FILES), idx.read_folder, 60000, 10000)
     files = {f"{name}.gz": checksum for name, checksum in zip(idx.FILES, checksums, strict=True)}
     remote = Remote(base, folder, files)
@@ -191,7 +191,7 @@ ENTRIES: dict[str, Entry] = {
         ),
     ),
     "cifar-100": Entry(
-        "small photographs of 100 classes, 32x32 RGB",
+        "small photographs in 100 classes, 32x32 RGB",
         100,
         (3, 32, 32),
         (0.5071, 0.4865, 0.4409),
@@ -233,7 +233,7 @@ ENTRIES: dict[str, Entry] = {
         (Layout("KMNIST-test", _KMNIST_TEST, arrays.read_kmnist, 0, 10000, "test split only"),),
     ),
     "kmnist-10k": Entry(
-        "the 10,000 test images of kmnist, 8,000 of them to learn from; not comparable with kmnist",
+        "the 10,000 test images of kmnist, 8,000 of them for training; not comparable with kmnist",
         10,
         (1, 28, 28),
         (0.1918,),
@@ -279,18 +279,18 @@ def _student_teacher(outputs: int) -> Entry:
     maker = Made(
         "a fixed random teacher", partial(student_teacher.make, outputs), student_teacher.TRAIN, student_teacher.TEST
     )
-    what = f"regression: {student_teacher.INPUTS} numbers to {outputs}, by a random ReLU network"
+    what = f"regression: the map from {student_teacher.INPUTS} to {outputs} numbers of a random ReLU network"
     shape, zeros, ones = (student_teacher.INPUTS,), (0.0,) * student_teacher.INPUTS, (1.0,) * student_teacher.INPUTS
     return Entry(what, outputs, shape, zeros, ones, (), high=1.0, made=maker, targets="numbers")
 
 
 ENTRIES |= {
     "mnist-autoencoder": replace(
-        ENTRIES["mnist"], what="regression: MNIST's images, normalised, to themselves", classes=784, targets="images"
+        ENTRIES["mnist"], what="regression: reconstruct MNIST's images, normalised", classes=784, targets="images"
     ),
     "fashion-mnist-autoencoder": replace(
         ENTRIES["fashion-mnist"],
-        what="regression: Fashion-MNIST's images, scaled to 0..1, to themselves",
+        what="regression: reconstruct Fashion-MNIST's images, scaled to 0..1",
         classes=784,
         mean=(0.0,),
         std=(1.0,),
@@ -298,7 +298,7 @@ ENTRIES |= {
     ),
     "cifar-10-autoencoder": replace(
         ENTRIES["cifar-10"],
-        what="regression: CIFAR-10's images, scaled to 0..1, to themselves",
+        what="regression: reconstruct CIFAR-10's images, scaled to 0..1",
         classes=3072,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
@@ -319,9 +319,9 @@ ENTRIES |= {
     **{
         name: Entry(what, classes, (), (), (), (), targets="tokens", sequences=make)
         for name, what, classes, make in (
-            ("text-python", "sources of Python's standard library, the next character", 96, python_source.make),
-            ("copy", "a word of 8 symbols, said again after a cue", tasks.SYMBOLS + 2, tasks.make_copy),
-            ("recall", "pairs of 16 keys and values; each key asks for its value", 2 * tasks.KEYS + 1, tasks.make_recall),
+            ("text-python", "sources of Python's standard library; predict the next character", 96, python_source.make),
+            ("copy", "a word over 8 symbols, to be repeated after a cue", tasks.SYMBOLS + 2, tasks.make_copy),
+            ("recall", "pairs of 16 keys and values; predict the value of each key", 2 * tasks.KEYS + 1, tasks.make_recall),
         )
     },
     "student-teacher": _student_teacher(5),

@@ -1,8 +1,8 @@
-"""CIFAR-10 and CIFAR-100 in their standard python layout, read without trusting the pickles.
+"""CIFAR-10 and CIFAR-100 in their standard Python layout, read without trusting the pickles.
 
 The files are pickles (protocol 2) of a dict with one uint8 array and lists of labels. A pickle can name any
-callable, so this reader resolves none: the four globals such a file needs are replaced by stand-ins which only
-record what they were given, and every other global is refused.
+callable, so this reader resolves none: the four globals that such a file needs are replaced by stubs that only
+record their arguments, and every other global raises an error.
 """
 
 import io
@@ -23,7 +23,7 @@ TRAIN_10 = tuple(f"data_batch_{k}" for k in range(1, 6))
 
 
 class _Array:
-    """An array under construction: shape and bytes only, of unsigned bytes in row-major order."""
+    """An array under construction: shape and bytes only, unsigned and in row-major order."""
 
     __slots__ = ("array",)
 
@@ -39,16 +39,16 @@ class _Array:
 
 
 class _Bytes:
-    """The dtype of unsigned bytes; what numpy adds about byte order does not matter for it."""
+    """The dtype of unsigned bytes; NumPy's byte-order state does not matter for it."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Nothing to set."""
+        """Do nothing: there is no state to set."""
 
 
 class _StandIn:
-    """Callable in place of a global; has no attribute that a pickle could set."""
+    """Callable that replaces a global; it has no attribute that a pickle could set."""
 
     __slots__ = ("_call",)
 
@@ -94,9 +94,9 @@ class _Reader(pickle.Unpickler):
 
 
 def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labelled:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of one batch file; nothing in it is executed.
+    """Read images (N, 3, 32, 32) uint8 and labels (N,) int64 from one batch file; nothing in it is executed.
 
-    Raises `DataError` naming the file for a damaged file and for a pickle that holds more than plain data.
+    Raises a `DataError` that names the file if it is damaged or if the pickle contains more than plain data.
     """
     try:
         content = _Reader(io.BytesIO(containers.content(path)), encoding="bytes").load()
@@ -106,7 +106,7 @@ def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labell
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} is damaged or not a CIFAR batch ({reason}); {remedy}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is not a CIFAR batch (it holds no dict); {remedy}")
+        raise DataError(f"{path} is not a CIFAR batch (it does not contain a dict); {remedy}")
     table = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
     data, labels = table.get("data"), table.get(label_key)
     images = getattr(data, "array", None) if isinstance(data, _Array) else None
@@ -120,7 +120,7 @@ def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labell
 
 
 def read_cifar10(folder: Path, remedy: str) -> Arrays:
-    """CIFAR-10 from `cifar-10-batches-py`."""
+    """Read CIFAR-10 from `cifar-10-batches-py`."""
     batches = [read_batch(folder / name, "labels", remedy) for name in TRAIN_10]
     images = np.concatenate([images for images, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
@@ -128,6 +128,6 @@ def read_cifar10(folder: Path, remedy: str) -> Arrays:
 
 
 def read_cifar100(folder: Path, remedy: str) -> Arrays:
-    """CIFAR-100 with its 100 fine labels from `cifar-100-python`."""
+    """Read CIFAR-100 with its 100 fine labels from `cifar-100-python`."""
     train, test = (read_batch(folder / name, "fine_labels", remedy) for name in ("train", "test"))
     return Arrays(train, test)

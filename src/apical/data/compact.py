@@ -5,7 +5,7 @@ Decompressed, a batch is one line of JSON (`n`, `label_keys`, `planes`, `images_
 red - green and blue - green. A residual is the zigzag code of (value - prediction) modulo 256, where the
 prediction is the median of west, north and west + north - north-west in the same plane, zero outside the image.
 
-Decoding takes seconds, so the decoded bytes are kept in the cache folder; a damaged copy there is built again.
+Decoding takes seconds, so the decoded bytes are kept in the cache folder; a damaged copy there is rebuilt.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def _decode(residuals: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Residuals (3, N, 32, 32) to images (N, 3, 32, 32) in the order red, green, blue."""
+    """Decode residuals (3, N, 32, 32) to images (N, 3, 32, 32) in the order red, green, blue."""
     count = residuals.shape[1]
     images = np.empty((count, 3, _SIDE, _SIDE), np.uint8)
     green = np.zeros((_SIDE, _SIDE, count), np.int16)
@@ -51,7 +51,7 @@ def _decode(residuals: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labelled:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) of one .xz batch; `DataError` when it is damaged."""
+    """Read images (N, 3, 32, 32) uint8 and labels (N,) from one .xz batch; raise `DataError` if it is damaged."""
     try:
         content = containers.xz(containers.content(path))
         header = content[:_HEADER].partition(b"\n")[0]
@@ -67,12 +67,12 @@ def read_batch(path: Path, label_key: str, remedy: str = "replace it") -> Labell
         raise DataError(f"{path} is truncated or not a compact CIFAR batch; {remedy}")
     images = _decode(np.frombuffer(body, np.uint8, pixels).reshape(3, count, _SIDE, _SIDE))
     if hashlib.sha256(images.transpose(0, 2, 3, 1).tobytes()).hexdigest() != digest:
-        raise DataError(f"{path} is damaged (the decoded images have another checksum); {remedy}")
+        raise DataError(f"{path} is damaged (the decoded images fail their checksum); {remedy}")
     return images, np.frombuffer(body, np.uint8, count, offset=pixels + position * count).copy()
 
 
 def read_folder(folder: Path, remedy: str, *, train: str, test: str, label_key: str) -> Arrays:
-    """Every batch that matches the pattern `train`, in order of name, and the batch `test`."""
+    """Read every batch that matches the pattern `train`, sorted by name, and the batch `test`."""
     files = [*sorted(folder.glob(train)), folder / test]
     copy = _copy_of(folder.name, files)
     arrays = _read_copy(copy)
@@ -87,7 +87,7 @@ def read_folder(folder: Path, remedy: str, *, train: str, test: str, label_key: 
 
 
 def _copy_of(name: str, files: list[Path]) -> Path:
-    """Where the decoded copy belongs; the name changes when a batch file changes."""
+    """Return the path of the decoded copy; it changes when a batch file changes."""
     try:
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     except OSError as error:
@@ -109,7 +109,7 @@ def _read_copy(path: Path) -> Arrays | None:
 
 
 def _write_copy(path: Path, arrays: Arrays) -> None:
-    """Keep the decoded arrays, whole or not at all; a folder that cannot be written only costs time."""
+    """Store the decoded arrays atomically; a folder that is not writable only costs time."""
     assert arrays.train is not None
     temporary = None
     try:

@@ -1,4 +1,4 @@
-"""Compressed files, read up to a limit: what a small file unpacks to may be without end."""
+"""Compressed files, decompressed up to a limit: a small file may unpack to any size."""
 
 import bz2
 import gzip
@@ -8,18 +8,18 @@ import zipfile
 from pathlib import Path
 
 LIMIT = 1 << 28
-"""Bytes that a file may have, and may unpack to; the largest of a known set have 55 million."""
+"""Maximum bytes of a file, and of its content when unpacked; the largest known files have 55 million."""
 _MEMORY = 1 << 28
 _PIECE = 1 << 20
 _XZ_MAGIC, _BZ2_MAGIC = b"\xfd7zXZ\0", b"BZh"
 
 
 def content(path: Path, limit: int | None = None) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Raises:
-        ValueError: it is too large.
-        OSError: it cannot be read.
+        ValueError: the file is too large.
+        OSError: the file cannot be read.
     """
     limit = LIMIT if limit is None else limit
     with open(path, "rb") as file:
@@ -30,10 +30,10 @@ def content(path: Path, limit: int | None = None) -> bytes:
 
 
 def xz(packed: bytes, limit: int | None = None) -> bytes:
-    """What one .xz stream unpacks to.
+    """Decompress one .xz stream.
 
     Raises:
-        ValueError: it is none, is damaged, ends early, is followed by something, or unpacks to more than `limit` bytes.
+        ValueError: not an .xz stream, damaged, truncated, followed by more data, or it unpacks to more than `limit` bytes.
     """
     if not packed.startswith(_XZ_MAGIC):
         raise ValueError("it is not an .xz file")
@@ -44,7 +44,7 @@ def xz(packed: bytes, limit: int | None = None) -> bytes:
 
 
 def bzip2(packed: bytes, limit: int | None = None) -> bytes:
-    """What one .bz2 stream unpacks to; raises as :func:`xz` does."""
+    """Decompress one .bz2 stream; raise as :func:`xz` does."""
     if not packed.startswith(_BZ2_MAGIC):
         raise ValueError("it is not a .bz2 file")
     try:
@@ -54,11 +54,11 @@ def bzip2(packed: bytes, limit: int | None = None) -> bytes:
 
 
 def gunzip(packed: bytes, limit: int | None = None) -> bytes:
-    """What a .gz file unpacks to.
+    """Decompress a .gz file.
 
     Raises:
-        ValueError: it unpacks to more than `limit` bytes.
-        EOFError, OSError, zlib.error: it ends early or is damaged.
+        ValueError: the file unpacks to more than `limit` bytes.
+        EOFError, OSError, zlib.error: the file is truncated or damaged.
     """
     limit = LIMIT if limit is None else limit
     with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
@@ -66,11 +66,11 @@ def gunzip(packed: bytes, limit: int | None = None) -> bytes:
 
 
 def check_zip(path: Path, limit: int | None = None) -> None:
-    """Refuse a .zip or .npz file that unpacks to more than `limit` bytes.
+    """Raise an error if a .zip or .npz file unpacks to more than `limit` bytes.
 
     Raises:
-        ValueError: it does.
-        zipfile.BadZipFile, OSError: it is damaged or cannot be read.
+        ValueError: the file unpacks to more than `limit` bytes.
+        zipfile.BadZipFile, OSError: the file is damaged or cannot be read.
     """
     limit = LIMIT if limit is None else limit
     with zipfile.ZipFile(path) as archive:
@@ -84,12 +84,12 @@ def _stream(decompressor: lzma.LZMADecompressor | bz2.BZ2Decompressor, packed: b
     while not decompressor.eof:
         size += len(pieces[-1])
         if decompressor.needs_input:
-            raise ValueError("it ends early")
+            raise ValueError("it is truncated")
         if size > limit:
             break
         pieces.append(decompressor.decompress(b"", _PIECE))
     if decompressor.eof and decompressor.unused_data:
-        raise ValueError("something follows its end")
+        raise ValueError("there is extra data after its end")
     return _limited(b"".join(pieces), limit)
 
 

@@ -1,4 +1,4 @@
-"""Scikit-learn's 1,797 handwritten digits, read from its file: importing scikit-learn would take longer than a short run."""
+"""Scikit-learn's 1,797 handwritten digits, read from its file: importing scikit-learn takes longer than a short run."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -16,22 +16,22 @@ IS_TEST = bytes.fromhex(
     "00380803c008190000100e01008410a0210033282904c044c080680e0102830082008822a6402c24042108a860809081a00c0282024212"
     "0138a41500"
 )
-"""One bit a digit: `train_test_split(np.arange(1797), test_size=360, stratify=labels, random_state=0)` of scikit-learn."""
+"""One bit per digit: `train_test_split(np.arange(1797), test_size=360, stratify=labels, random_state=0)` of scikit-learn."""
 
 
 def embedded_digits() -> Arrays:
-    """Scikit-learn's 1,797 digits as 1,437 + 360, stratified by class; always the same split."""
+    """Return scikit-learn's 1,797 digits split into 1,437 + 360, stratified by class; the split is fixed."""
     images, labels = _images_and_labels()
     is_test = np.unpackbits(np.frombuffer(IS_TEST, np.uint8), count=len(labels)).astype(bool)
     return Arrays((images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]))
 
 
-@cache  # a comparison reads them for every run
+@cache  # a comparison loads them for every run
 def _images_and_labels() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (1797, 1, 8, 8) with grey values 0 to 16, and labels (1797,)."""
+    """Return images (1797, 1, 8, 8) with grey values 0 to 16, and labels (1797,)."""
     package = find_spec("sklearn")
     path = Path(package.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if package else Path()
-    if not path.is_file():  # a scikit-learn that keeps it elsewhere
+    if not path.is_file():  # this version of scikit-learn stores it elsewhere
         from sklearn.datasets import load_digits
 
         bunch = load_digits()

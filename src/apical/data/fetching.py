@@ -25,8 +25,8 @@ _TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 def fetch(name: str, root: Path | None = None) -> Path:
     """Download the data set `name` into `root` (the cache folder if None) and return the folder that holds it.
 
-    Files already there with the right checksum are kept, interrupted downloads go on where they stopped.
-    Raises `ConfigError` for an unknown or embedded set, `DataError` (one line) when a download fails.
+    Existing files with the right checksum are kept, and interrupted downloads are resumed.
+    Raises `ConfigError` for an unknown or embedded set, `DataError` (one line) if a download fails.
     """
     dataset = entry(name)
     remote = dataset.remote
@@ -51,7 +51,7 @@ def fetch(name: str, root: Path | None = None) -> Path:
 
 
 def _download(url: str, checksum: str, target: Path) -> Path:
-    """One file, through pooch; a resumed download with a wrong checksum is tried once more from the start."""
+    """Download one file with pooch; a resumed download that fails its checksum is retried once from the start."""
     import pooch
 
     pooch.get_logger().setLevel("WARNING")
@@ -64,19 +64,19 @@ def _download(url: str, checksum: str, target: Path) -> Path:
             return target
         except requests.RequestException as error:
             raise DataError(_reason(url, part, error)) from error
-        except ValueError as error:  # pooch's word for a wrong checksum
+        except ValueError as error:  # raised by pooch for a wrong checksum
             if attempt == 2 or not resumed:
-                raise DataError(f"{url} has a wrong checksum; try again later or report it") from error
+                raise DataError(f"{url} fails its checksum; try again later or report it") from error
     raise AssertionError("unreachable")
 
 
 def _reason(url: str, part: Path, error: requests.RequestException) -> str:
-    """One line about a failed request, with what is kept for the next try."""
+    """Describe a failed request in one line, with the bytes kept for the next try."""
     host = urlsplit(url).hostname
     if isinstance(error, requests.HTTPError) and error.response is not None:
         problem = f"{host} answers {error.response.status_code} {error.response.reason}"
     elif part.exists():
-        problem = f"the connection to {host} broke"
+        problem = f"the connection to {host} was lost"
     else:
         problem = f"cannot reach {host}; are you offline?"
     remainder = f" ({part.stat().st_size:,} bytes are kept: run the command again to continue)" if part.exists() else ""
@@ -84,22 +84,22 @@ def _reason(url: str, part: Path, error: requests.RequestException) -> str:
 
 
 class Resume:
-    """A pooch downloader that keeps what it received in the file `part` and continues there with a Range request.
+    """A pooch downloader that stores received bytes in the file `part` and resumes from it with a Range request.
 
-    A server that ignores the range, or answers with another one, is asked for the whole file.
+    If the server ignores the range, or returns a different one, the whole file is requested.
     """
 
     def __init__(self, part: Path) -> None:
         self.part = part
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        """Download `url`; `output_file` appears only when every announced byte has come."""
+        """Download `url`; create `output_file` only once every announced byte has been received."""
         if not self._receive(url, self.part.stat().st_size if self.part.exists() else 0):
             self._receive(url, 0)
         os.replace(self.part, output_file)
 
     def _receive(self, url: str, offset: int) -> bool:
-        """Bytes from `offset` on into the part file; False if the server cannot continue there."""
+        """Write the bytes from `offset` on to the part file; return False if the server cannot resume there."""
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -143,7 +143,7 @@ def _whole(folder: Path, members: dict[str, str]) -> bool:
 
 
 def _extract(archive: Path, folder: Path, remote: Remote) -> None:
-    """The wanted members of a .tar.gz into `folder`, checked before any of them is put there."""
+    """Extract the required members of a .tar.gz into `folder`, after checking all of them."""
     assert remote.members is not None
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -155,6 +155,6 @@ def _extract(archive: Path, folder: Path, remote: Remote) -> None:
         for name in remote.members:
             os.replace(scratch / folder.name / name, folder / name)
     except (tarfile.TarError, KeyError, EOFError) as error:
-        raise DataError(f"{archive.name} is not the expected archive ({error}); report it") from error
+        raise DataError(f"{archive.name} is not the expected archive ({error}); please report this") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -26,14 +26,14 @@ FILES = (
 
 
 def read_idx(path: Path, dimensions: int, remedy: str = "replace it") -> NDArray[np.uint8]:
-    """The bytes of one IDX file, plain or gzip, as an array with `dimensions` axes.
+    """Read the bytes of one IDX file, plain or gzip, as an array with `dimensions` axes.
 
-    Raises `DataError`, naming the file and ending with `remedy`, for anything but a whole, undamaged file.
+    Raises a `DataError` that names the file and ends with `remedy` unless the file is complete and undamaged.
     """
     content = _content(path, remedy)
     header = 4 + 4 * dimensions
     if len(content) < header:
-        raise DataError(f"{path} is truncated: {len(content)} bytes, its header alone has {header}; {remedy}")
+        raise DataError(f"{path} is truncated: {len(content)} bytes, its header alone needs {header}; {remedy}")
     if content[:4] != bytes((0, 0, _UNSIGNED_BYTES, dimensions)):
         magic = content[:4].hex(" ")
         raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions (it starts {magic}); {remedy}")
@@ -46,12 +46,12 @@ def read_idx(path: Path, dimensions: int, remedy: str = "replace it") -> NDArray
 
 
 def present(folder: Path, name: str) -> Path | None:
-    """The file `name` of `folder`, plain or with `.gz`, or None."""
+    """Return the path of the file `name` in `folder`, plain or with `.gz`, or None."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_folder(folder: Path, remedy: str) -> Arrays:
-    """Images (N, 1, H, W) and labels (N,) of both splits from the four IDX files of the MNIST family."""
+    """Read images (N, 1, H, W) and labels (N,) of both splits from the four IDX files of the MNIST family."""
     arrays = []
     for name in FILES:
         path = present(folder, name)

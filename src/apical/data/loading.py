@@ -1,4 +1,4 @@
-"""From a data set's name to checked, normalised tensors."""
+"""Load a data set by name, as checked and normalised tensors."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ _CHUNK = 512
 
 
 class Status(NamedTuple):
-    """One row of `status`: the set, what it shows, where it was found (or the remedy), how many images."""
+    """One row of `status`: the set, its content, where it was found (or the remedy), the number of images."""
 
     name: str
     what: str
@@ -29,17 +29,17 @@ class Status(NamedTuple):
 
 
 def names() -> list[str]:
-    """Names that `load` knows, the embedded default first."""
+    """Return the names that `load` accepts, the embedded default first."""
     return list(ENTRIES)
 
 
 def status() -> list[Status]:
-    """One row for every data set, found or not, without reading the images."""
+    """Return one row for every data set, found or not, without reading the images."""
     rows = []
     for name, dataset in ENTRIES.items():
         where, images = f"not found: apical data fetch {name}", ""
         if dataset.sequences is not None:
-            where = "made here, in windows of --context tokens"
+            where = "generated, in windows of --context tokens"
         elif dataset.made is not None:
             where, images = dataset.made.source, f"{dataset.made.train:,} + {dataset.made.test:,}"
         elif place := _find(dataset, None):
@@ -62,15 +62,15 @@ def load(
     context: int = 64,
     tokens: Level = "characters",
 ) -> Dataset:
-    """The data set `name`: images (N, C, H, W) float32, normalised, and labels (N,) int64 or numbers (N, classes) float32.
+    """Load the data set `name`: normalised float32 images (N, C, H, W), int64 labels (N,) or float32 numbers (N, classes).
 
-    Any other name stands for the user's own data (:mod:`apical.data.own.sources`): a .npz, .csv or .txt file, a folder of
-    images, or "path/to/file.py:FUNCTION". Whole numbers as targets are classes there, or numbers to be approximated with
-    `numbers`. A text is cut into windows of `context` characters or bytes (`tokens`).
+    Any other name refers to the user's own data (:mod:`apical.data.own.sources`): a .npz, .csv or .txt file, a folder of
+    images, or "path/to/file.py:FUNCTION". Their integer targets are classes or, with `numbers`, regression targets.
+    A text is cut into windows of `context` characters or bytes (`tokens`).
 
-    `root` is the only folder searched if given; otherwise $APICAL_DATA and then the cache folder are. `validation`
-    training images are held out, `train_limit` of the rest and `test_limit` test images are kept: random subsets
-    which depend on `seed` alone. The held-out images do not depend on `train_limit`.
+    If `root` is given, only this folder is searched; otherwise $APICAL_DATA and then the cache folder. `validation`
+    training images are held out, and `train_limit` of the rest and `test_limit` test images are kept. These are random
+    subsets that depend only on `seed`. The held-out images do not depend on `train_limit`.
 
     Raises `ConfigError` for an unknown name or impossible sizes, `DataError` for a missing or damaged set.
     """
@@ -106,7 +106,7 @@ def load(
 
 
 class _Choice(NamedTuple):
-    """Which samples of a data set are asked for; see :func:`load`."""
+    """Which samples of a data set to load; see :func:`load`."""
 
     name: str
     validation: int
@@ -116,7 +116,7 @@ class _Choice(NamedTuple):
 
 
 def _chosen(samples: Samples, choice: _Choice, noun: str) -> Dataset:
-    """The data set of samples that are normalised already."""
+    """Return the data set of samples that are already normalised."""
     train_kept, held_out, test_kept = _indices(len(samples.train[1]), len(samples.test[1]), choice, noun)
     return Dataset(
         name=choice.name,
@@ -135,7 +135,7 @@ def _chosen(samples: Samples, choice: _Choice, noun: str) -> Dataset:
 
 
 def _indices(train: int, test: int, choice: _Choice, noun: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the training samples, of those held out, and of the test samples."""
+    """Return the indices of the training, held-out and test samples."""
     name, validation, train_limit, test_limit, seed = choice
     if validation >= train:
         raise ConfigError(f"validation={validation} leaves none of the {train} training {noun} of {name}")
@@ -145,7 +145,7 @@ def _indices(train: int, test: int, choice: _Choice, noun: str) -> tuple[Tensor,
 
 
 def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:
-    """Raw arrays of a data set and, in words, where they are from; raises as `load` does."""
+    """Return the raw arrays of a data set and their origin in words; raise as `load` does."""
     dataset = entry(name)
     if dataset.made is not None:
         return dataset.made.make(), dataset.made.source
@@ -159,7 +159,7 @@ def read(name: str, root: Path | None = None) -> tuple[Arrays, str]:
 
 
 def _find(dataset: Entry, root: Path | None) -> tuple[Layout, str, Path] | None:
-    """The first whole copy in the order of the folders; partial ones only when there is no whole one."""
+    """Return the first complete copy in the order of the folders, or the first partial one if none is complete."""
     places = roots(root)
     for wants_whole in (True, False):
         for place, folder in places:
@@ -170,11 +170,11 @@ def _find(dataset: Entry, root: Path | None) -> tuple[Layout, str, Path] | None:
 
 
 def _looked(dataset: Entry, root: Path | None) -> str:
-    """Every folder searched, with what is missing where a copy is incomplete."""
+    """List every folder searched, with the files that incomplete copies lack."""
     parts = []
     for _, folder in roots(root):
         lacking = [
-            f"{layout.folder} there lacks {', '.join(missing)}"
+            f"its {layout.folder} lacks {', '.join(missing)}"
             for layout in dataset.layouts
             if (missing := layout.missing(folder))
         ]
@@ -183,7 +183,7 @@ def _looked(dataset: Entry, root: Path | None) -> str:
 
 
 def _tensors(images: NDArray[Any], labels: NDArray[Any], dataset: Entry, where: str) -> tuple[Tensor, Tensor]:
-    """Checked raw images (N, C, H, W), without a copy where possible, and int64 labels (N,) or float32 numbers (N, M)."""
+    """Return checked raw images (N, C, H, W), uncopied if possible, and int64 labels (N,) or float32 numbers (N, M)."""
     kinds = "f" if dataset.targets == "numbers" else "ui"
     if images.dtype.kind not in "uif" or labels.dtype.kind not in kinds:
         raise DataError(f"{where}: expected numbers; got images {images.dtype} and labels {labels.dtype}")
@@ -198,7 +198,7 @@ def _tensors(images: NDArray[Any], labels: NDArray[Any], dataset: Entry, where: 
 
 
 def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) -> tuple[Tensor, Tensor]:
-    """Sorted indices of `held` random items and of `limit` others (None: of all others)."""
+    """Return sorted indices of `held` random items and of `limit` others (None: all others)."""
     available = total - held
     if limit is not None and limit > available:
         raise ConfigError(f"{what} is {limit}, but only {available} samples are available")
@@ -208,7 +208,7 @@ def _held_out(total: int, held: int, limit: int | None, seed: int, what: str) ->
 
 
 def _split(images: Tensor, targets: Tensor, index: Tensor, dataset: Entry) -> Split:
-    """The chosen images, normalised chunk by chunk so that the passes stay in the processor's cache."""
+    """Return the selected images, normalised in chunks that fit into the processor's cache."""
     channels = (1, -1, *[1] * (images.dim() - 2))
     mean, std = (torch.tensor(values).view(channels) for values in (dataset.mean, dataset.std))
     inputs = torch.empty((len(index), *images.shape[1:]))

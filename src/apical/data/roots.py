@@ -1,4 +1,4 @@
-"""The folders in which data sets are looked for."""
+"""The folders that are searched for data sets."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from apical.errors import DataError
 
 
 def cache_folder() -> Path:
-    """$APICAL_CACHE, or the user's cache folder for apical (which need not exist yet)."""
+    """Return $APICAL_CACHE or the user's cache folder for apical, which need not exist yet."""
     folder = os.environ.get("APICAL_CACHE")
     if folder:
         return Path(folder).expanduser()
@@ -17,9 +17,9 @@ def cache_folder() -> Path:
 
 
 def roots(root: Path | None) -> list[tuple[str, Path]]:
-    """Folders to search, with a name for each: `root` alone if given, else $APICAL_DATA and the cache folder.
+    """Return the named folders to search: only `root` if given, otherwise $APICAL_DATA and the cache folder.
 
-    Raises `DataError` if `root` is given and is no folder.
+    Raises `DataError` if `root` is given but is not a folder.
     """
     if root is not None:
         root = Path(root).expanduser()

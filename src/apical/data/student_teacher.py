@@ -1,4 +1,4 @@
-"""Student-teacher regression: a small network learns what a fixed, large random one computes.
+"""Student-teacher regression: a small network learns the function of a large, fixed random network.
 
 The task of Meulemans et al. 2021 (arXiv 2106.07887), figures 1D and 3: 15 inputs uniform on (-1, 1); a teacher with four
 hidden ReLU layers of 1000 units, Xavier-normal weights of gain 3 and a linear output. Of the 6,000 training samples the
@@ -20,7 +20,7 @@ _SEED = 42
 
 @lru_cache(maxsize=2)
 def make(outputs: int) -> Arrays:
-    """Inputs (N, 15) and targets (N, outputs), float32; always the same."""
+    """Return inputs (N, 15) and targets (N, outputs), float32; always the same."""
     draw = torch.Generator().manual_seed(_SEED)
     activity = inputs = 2 * torch.rand((TRAIN + TEST, INPUTS), generator=draw) - 1
     sizes = [INPUTS, *[HIDDEN] * DEPTH, outputs]

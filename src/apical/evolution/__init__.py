@@ -1,1 +1,1 @@
-"""Evolution of top-down networks: many learners' lifetimes at once, strategies, and workers that share them."""
+"""Evolution of top-down networks: batched lifetimes of learners, evolution strategies, and workers to evaluate them."""

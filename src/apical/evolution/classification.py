@@ -1,7 +1,7 @@
-"""Evolving a top-down network that trains classifiers: its fitness is how well they do after a lifetime under it.
+"""Evolve a top-down network that trains classifiers; its fitness is their performance after a lifetime of training.
 
-By default each generation has its own task (a sample of images, of a subset of the classes) and its own initial weights, the
-same for all individuals. "fixed" start values are always those of seed 0, as in the released code.
+By default each generation has its own task (a sample of images from a subset of the classes) and its own initial weights,
+shared by all individuals. With "fixed" starts, the initial weights are always those of seed 0, as in the released code.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,12 +22,12 @@ from apical.rules.top_down.teacher import Output, Place, TopDownNetwork, load
 from apical.rules.top_down.top_down_credit_assignment import TopDownCreditAssignment, shipped
 
 WIRED = "wired"
-"""The name of a teacher to start from that :func:`apical.rules.top_down.hand_built.wired` makes."""
+"""Name of the initial teacher that :func:`apical.rules.top_down.hand_built.wired` builds."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """A labelled set that tasks are drawn from: images (N, ...), labels (N,) in 0..classes-1."""
+    """A labelled set from which tasks are drawn: images (N, ...), labels (N,) in 0..classes-1."""
 
     inputs: Tensor
     targets: Tensor
@@ -40,25 +40,25 @@ class Setting:
     """What is evolved, and on which tasks.
 
     Attributes:
-        model: name of the learners' network.
-        others: further networks, which tasks take in turn with it; one top-down network serves them all.
+        model: name of the learners' model.
+        others: further models, used by tasks in turn with `model`; one top-down network serves them all.
         lifetime: how a learner is trained.
         hidden: units in each hidden layer of the top-down network.
         sites: emission sites per hidden layer of the learner; None emits a credit per unit.
-        relative: credit is relative to that of a right prediction.
-        credit: the output's stands on "logits" or on "probabilities".
-        output: the output's credit is "evolved" too, or is the "error".
-        by_class: the top-down network looks at one class at a time, and serves any number of them.
-        layers: hidden layers that such a network has emissions for; None is as many as the deepest learner has.
-        ways: classes per task, drawn anew and numbered anew; None takes all, in their order.
-        examples: training images per task; None takes all there are.
-        tasks: per generation; fitness is their mean.
+        relative: credit is relative to that of a correct prediction.
+        credit: whether the output's credit refers to "logits" or "probabilities".
+        output: whether the output's credit is "evolved" too, or is the "error".
+        by_class: the top-down network processes one class at a time and works for any number of classes.
+        layers: hidden layers for which such a network has emissions; None means as many as the deepest learner has.
+        ways: classes per task, drawn and renumbered for each task; None uses all, in their order.
+        examples: training images per task; None uses all.
+        tasks: tasks per generation; fitness is the mean over them.
         starts: "fresh" initial weights for each task, or "fixed" ones for all.
         zeros: all initial weights are zero.
-        quiet: the first top-down network gives no credit to hidden units; they start as random features.
-        held_out: fitness is the likelihood of images of the task that were not trained on, instead of those that were.
-        settled: fitness is the mean over so many last steps, which counts a loss that swings; 1 takes the end alone.
-        seed: of tasks, initial weights and the first top-down network.
+        quiet: the initial top-down network sends no credit to hidden units, which start as random features.
+        held_out: fitness is the likelihood of held-out images of the task instead of its training images.
+        settled: fitness is the mean over that many last steps, which penalises oscillation; 1 uses only the final step.
+        seed: seed of tasks, initial weights and the initial top-down network.
     """
 
     model: str = "mlp-tanh-32"
@@ -93,15 +93,15 @@ class Sample:
 
 
 class Classification:
-    """The task of evolving, for :class:`apical.evolution.workers.Task`.
+    """The evolution task, a :class:`apical.evolution.workers.Task`.
 
     Args:
-        sets: one or several labelled sets of images of one shape; each task takes one, in turn.
+        sets: one or more labelled sets of images of the same shape; tasks use them in turn.
         setting: what is evolved.
 
     Raises:
-        ConfigError: no image sets, of different shapes or too small, or more classes per task than there are.
-        UnsupportedModelError: one top-down network cannot serve all of the learners' networks.
+        ConfigError: there are no image sets, they differ in shape, are too small, or have fewer classes than a task needs.
+        UnsupportedModelError: one top-down network cannot serve all of the learners' models.
     """
 
     def __init__(self, sets: list[Images], setting: Setting) -> None:
@@ -110,7 +110,7 @@ class Classification:
             raise ConfigError(f"tasks need image sets of one shape; got {[tuple(s.inputs.shape[1:]) for s in sets]}")
         fewest = min(s.classes for s in sets)
         if setting.ways is None and len({s.classes for s in sets}) > 1:
-            raise ConfigError("image sets with different numbers of classes need a number of classes per task (ways)")
+            raise ConfigError("image sets with different numbers of classes require ways (the number of classes per task)")
         self.outputs = setting.ways or fewest
         if not 2 <= self.outputs <= fewest:
             raise ConfigError(f"a task needs 2 to {fewest} classes; got ways={setting.ways}")
@@ -122,11 +122,11 @@ class Classification:
             raise ConfigError(f"a task needs at least one example; got examples={setting.examples}")
         if setting.by_class and (setting.sites is not None or not setting.relative or setting.credit != "logits"):
             raise ConfigError(
-                "a top-down network by class has relative credit on logits, and no emission sites; got "
+                "by_class requires relative credit on logits and no emission sites; got "
                 f"relative={setting.relative}, credit={setting.credit!r}, sites={setting.sites}"
             )
         if setting.layers is not None and not setting.by_class:
-            raise ConfigError("layers is for a top-down network by class; others have those of their learners")
+            raise ConfigError("layers requires by_class=True; other top-down networks have the layers of their learners")
         self.start = self.population.other.flat(dict(self._first.named_parameters(prefix="teacher")))  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,28 +138,28 @@ class Classification:
 
     @property
     def population(self) -> Population:
-        """Learners of the setting's model, each with a top-down network of its own."""
+        """Learners of the setting's model, each with its own top-down network."""
         return self.populations[0]
 
     @cached_property
     def populations(self) -> list[Population]:
-        """The same for each network of the learners."""
+        """The populations for each of the learners' models."""
         inputs = self.sets[0].inputs[:2]
         targets = torch.zeros(len(inputs), dtype=torch.long)
         populations = []
         for which in range(1 + len(self.setting.others)):
             with torch.random.fork_rng([]):
-                torch.manual_seed(seed_of(self.setting.seed, "feedback", which, self.outputs))  # where the rule draws any
+                torch.manual_seed(seed_of(self.setting.seed, "feedback", which, self.outputs))  # if the rule draws feedback
                 rule = self.rule(self.learner(0, which), self._first)
             populations.append(Population(rule, inputs, targets, "teacher.", record=True))
         return populations
 
     def rule(self, model: nn.Module, teacher: Network, silent: bool = False) -> CreditRule:
-        """What trains a learner; `silent` withholds the credit of hidden units."""
+        """Return the rule that trains a learner; `silent` omits the credit of hidden units."""
         return TopDownCreditAssignment(model, teacher=teacher, silent=silent)
 
     def learner(self, seed: int, which: int = 0) -> nn.Module:
-        """A learner of the network `which` (modulo their number), with the initial weights of a seed."""
+        """Return a learner of the model `which` (modulo their number), with initial weights from a seed."""
         names = (self.setting.model, *self.setting.others)
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
@@ -170,7 +170,7 @@ class Classification:
         return model
 
     def network(self, seed: int) -> Network:
-        """An unevolved top-down network for the setting's models: for as many hidden layers as the deepest has."""
+        """Return an unevolved top-down network for the setting's models, with the hidden layers of the deepest one."""
         setting, every = self.setting, [self.widths(which) for which in range(1 + len(self.setting.others))]
         deepest = max(every, key=len)
         with torch.random.fork_rng([]):
@@ -190,7 +190,7 @@ class Classification:
         return self._quieted(network)
 
     def _quieted(self, network: Network) -> Network:
-        """The network, with what it sends to hidden units set to nothing if the setting asks for that."""
+        """Return the network, with its output to hidden units zeroed if the setting is `quiet`."""
         weight = cast(nn.Linear, network.body[-1]).weight
         if self.setting.quiet and isinstance(network, TopDownNetwork):
             weight.data[: sum(network.emissions)] = 0
@@ -199,15 +199,15 @@ class Classification:
         return network
 
     def widths(self, which: int = 0) -> list[int]:
-        """Units of each hidden layer of the network `which`."""
+        """Return the units of each hidden layer of the model `which`."""
         probe = TopDownCreditAssignment(self.learner(0, which))
         return [cut.shape[1] for cut in probe.run(self.sets[0].inputs[:2])[1]]
 
     def weights_of(self, teacher: str) -> Tensor:
-        """Flat weights (D,) of a teacher file, of the shipped one of that name, or of a network wired by hand ("wired").
+        """Return flat weights (D,) of a teacher file, of a shipped teacher, or of the hand-built network ("wired").
 
         Raises:
-            ConfigError: there is none, or its sizes are not the setting's.
+            ConfigError: the teacher does not exist, or its sizes differ from the setting's.
         """
         template = self.network(seed_of(self.setting.seed, "teacher"))
         path = shipped(teacher) if teacher != WIRED else teacher
@@ -217,14 +217,14 @@ class Classification:
         unlike = [f"{n}: {there.get(n)} vs {asked.get(n)}" for n in names if there.get(n) != asked.get(n)]
         if unlike:
             raise ConfigError(
-                f"an evolution with these options cannot begin with {path} (there vs asked): {'; '.join(unlike)}"
+                f"an evolution with these options cannot start from {path} (found vs required): {'; '.join(unlike)}"
             )
         other = self.population.other
         assert other is not None
         return other.flat({f"teacher.{name}": weight for name, weight in network.state_dict().items()})
 
     def sample(self, seed: int, which: int = 0) -> Sample:
-        """The task of a seed, from the image set `which` (modulo their number)."""
+        """Return the task of a seed, from the image set `which` (modulo their number)."""
         images = self.sets[which % len(self.sets)]
         generator = torch.Generator().manual_seed(seed)
         labels, index = images.targets, torch.arange(len(images.targets))
@@ -238,7 +238,7 @@ class Classification:
         take = len(order) if self.setting.examples is None else self.setting.examples
         if take > len(order):
             raise ConfigError(
-                f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes; take fewer "
+                f"{take} examples per task, but {images.name or 'the set'} has {len(order)} of these classes; use fewer "
                 "(--examples)"
             )
         self.setting.lifetime.require_examples(take)
@@ -246,20 +246,20 @@ class Classification:
         return Sample(images.inputs[train], labels[train], images.inputs[other], labels[other])
 
     def begin(self, seed: int, which: int = 0) -> Tensor:
-        """Flat initial weights (n,) of a learner of the network `which`."""
+        """Return flat initial weights (n,) of a learner of the model `which`."""
         return self.populations[which].start(self.learner(0 if self.setting.starts == "fixed" else seed, which))
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Minus the negative log-likelihood at the end of a lifetime, averaged over the generation's tasks: (P,)."""
+        """Return minus the final negative log-likelihood of a lifetime, averaged over the generation's tasks: (P,)."""
         total = individuals.new_zeros(len(individuals))
         for k in range(self.setting.tasks):
             total -= self.loss(individuals, generation, k)
         return total / self.setting.tasks
 
     def loss(self, individuals: Tensor, generation: int, k: int) -> Tensor:
-        """The negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
+        """Return the negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
         turn = generation * self.setting.tasks + k
-        which = turn // len(self.sets) % len(self.populations)  # each network meets each set
+        which = turn // len(self.sets) % len(self.populations)  # each model is trained on each set
         population = self.populations[which]
         task = self.sample(seed_of(self.setting.seed, "task", generation, k), turn)
         start = self.begin(seed_of(self.setting.seed, "start", generation, k), which)
@@ -275,7 +275,7 @@ class Classification:
         judged: tuple[Tensor, Tensor],
         seed: int,
     ) -> Tensor:
-        """The loss on images and labels, averaged over the last steps of a lifetime: (P,)."""
+        """Return the loss on images and labels, averaged over the last steps of a lifetime: (P,)."""
         lifetime, found = self.setting.lifetime, []
 
         def watch(done: int, weights: Tensor) -> None:
@@ -287,19 +287,19 @@ class Classification:
 
 
 class AnyClasses(Classification):
-    """The same with tasks of 2 classes up to the setting's `ways`, how many being drawn for each, for networks `by_class`.
+    """:class:`Classification` with 2 to `ways` classes per task, drawn at random; requires `by_class`.
 
     Attributes:
-        of: the task of each number of classes.
+        of: the task for each number of classes.
     """
 
     def __init__(self, sets: list[Images], setting: Setting) -> None:
         if not setting.by_class:
-            raise ConfigError("tasks of several numbers of classes need a top-down network for any number: by_class=True")
+            raise ConfigError("tasks with varying numbers of classes require by_class=True")
         super().__init__(sets, setting)
         self.of = {ways: Classification(sets, replace(setting, ways=ways)) for ways in range(2, self.outputs + 1)}
 
     def loss(self, individuals: Tensor, generation: int, k: int) -> Tensor:
-        """The negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
+        """Return the negative log-likelihood at the end of a lifetime on the k-th task of a generation: (P,)."""
         ways = 2 + seed_of(self.setting.seed, "ways", generation, k) % len(self.of)
         return self.of[ways].loss(individuals, generation, k)

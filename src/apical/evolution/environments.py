@@ -1,7 +1,7 @@
-"""Control tasks by the thousand: the equations of gymnasium's classic environments, for arrays of states.
+"""Control tasks in large batches: the equations of Gymnasium's classic environments, for arrays of states.
 
-All episodes are steps of the same arrays, each with its own settings, so a thousand cost little more than one. States and
-observations have their components first: (n, N) for N episodes. Results are those of gymnasium's environments, step for
+All episodes advance in the same arrays, each with its own settings, so a thousand cost little more than one. States and
+observations have their components first: (n, N) for N episodes. Results equal those of Gymnasium's environments at every
 step."""
 
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ Settings = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Environment:
-    """A task, as functions of arrays.
+    """A control task as functions on arrays.
 
     Attributes:
-        actions: how many there are.
-        settings: name -> its usual value.
-        begin: from a generator and a number of episodes to first states (n, episodes).
-        observe: from states to observations, which are divided by `scale` where a top-down network sees them.
-        step: from states, actions (N,) and settings (N,) to states, rewards and whether episodes ended.
+        actions: number of actions.
+        settings: name -> default value.
+        begin: maps a generator and a number of episodes to initial states (n, episodes).
+        observe: maps states to observations, which are divided by `scale` as inputs to a top-down network.
+        step: maps states, actions (N,) and settings (N,) to states, rewards and whether episodes ended.
         scale: size of each component of an observation.
     """
 
@@ -39,7 +39,7 @@ class Environment:
 
 
 def _rows(*rows: Array) -> Array:
-    """The same as np.stack, which takes longer than arithmetic on arrays as short as these."""
+    """Do the same as np.stack, which is slower than the arithmetic on arrays this short."""
     stacked = np.empty((len(rows), len(rows[0])), rows[0].dtype)
     for number, row in enumerate(rows):
         stacked[number] = row
@@ -51,7 +51,7 @@ def _begin_cart_pole(generator: np.random.Generator, episodes: int) -> Array:
 
 
 def _step_cart_pole(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
-    """Barto, Sutton and Anderson 1983, without friction: Euler steps of 0.02 s; `length` is half the pole's."""
+    """Advance Barto, Sutton and Anderson 1983 without friction by an Euler step of 0.02 s; `length` is half the pole's."""
     _, v, theta, omega = state
     mass, length = settings["masspole"], settings["length"]
     total, moment = settings["masscart"] + mass, mass * length
@@ -68,7 +68,7 @@ def _begin_pendulum(generator: np.random.Generator, episodes: int) -> Array:
 
 
 def _step_pendulum(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
-    """Steps of 0.05 s with a torque of -2, 0 or 2: gymnasium's Pendulum, which takes any between; it never ends."""
+    """Advance Gymnasium's Pendulum by 0.05 s with a torque of -2, 0 or 2 instead of any in between; it never ends."""
     theta, omega = state
     torque = (action - 1.0) * 2.0
     mass, length, gravity = settings["m"], settings["l"], settings["g"]
@@ -84,9 +84,9 @@ def _begin_acrobot(generator: np.random.Generator, episodes: int) -> Array:
 
 
 def _step_acrobot(state: Array, action: Array, settings: Settings) -> tuple[Array, Array, Array]:
-    """Sutton and Barto 2018, section 11.3: a torque of -1, 0 or 1 at the elbow, one Runge-Kutta step of 0.2 s.
+    """Advance Sutton and Barto 2018, section 11.3: a torque of -1, 0 or 1 at the elbow, one Runge-Kutta step of 0.2 s.
 
-    Each step costs 1 until the tip is a metre above the shoulder, which ends the episode.
+    Each step has reward -1 until the tip is a metre above the shoulder, which ends the episode.
     """
     m1, m2, length = settings["LINK_MASS_1"], settings["LINK_MASS_2"], settings["LINK_LENGTH_1"]
     torque, own, arm = action - 1, 0.25 * m2 + 1, 0.5 * m2 * length  # centres of mass half-way, moments of inertia 1
@@ -156,10 +156,10 @@ ENVIRONMENTS = {
 
 
 def environment(name: str) -> Environment:
-    """The environment of a name.
+    """Return the environment of a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     require_choice("environment", name, ENVIRONMENTS)
     return ENVIRONMENTS[name]

@@ -1,8 +1,8 @@
-"""Non-convex functions to minimise, and what follows their gradient or nothing at all.
+"""Non-convex functions to minimise, gradient-based baselines, and random search.
 
-Each function is 0 at its minima. The learner's coordinates are those of the function divided by a unit, so that the box of
-starts covers the usual domain; where the unit is 1, the usual numbers hold. arXiv 2208.01416 names no function (only its
-abstract could be read): which ones, and where they start, is our choice.
+Each function is 0 at its global minima. The learner's coordinates are those of the function divided by a unit, so that the
+box of starts covers the usual domain; with a unit of 1, they are the usual coordinates. The abstract of arXiv 2208.01416,
+the only part available, names no function: the choice of functions and starts is ours.
 """
 
 import math
@@ -20,27 +20,27 @@ BOX = 3.0
 
 
 def rastrigin(z: Tensor) -> Tensor:
-    """`sum 10 + z^2 - 10 cos 2 pi z`, (..., d) -> (...)."""
+    """Return `sum 10 + z^2 - 10 cos 2 pi z`, (..., d) -> (...)."""
     return (10 + z.square() - 10 * torch.cos(2 * math.pi * z)).sum(-1)
 
 
 def ackley(z: Tensor) -> Tensor:
-    """`20 + e - 20 exp(-0.2 |z| / sqrt d) - exp(mean cos 2 pi z)`, (..., d) -> (...)."""
+    """Return `20 + e - 20 exp(-0.2 |z| / sqrt d) - exp(mean cos 2 pi z)`, (..., d) -> (...)."""
     d = z.shape[-1]
     distance = (z.square().sum(-1) / d).sqrt()
     return 20 + math.e - 20 * torch.exp(-0.2 * distance) - torch.exp(torch.cos(2 * math.pi * z).sum(-1) / d)
 
 
 def griewank(z: Tensor) -> Tensor:
-    """`1 + sum z^2 / 4000 - prod cos(z_i / sqrt i)`, (..., d) -> (...)."""
+    """Return `1 + sum z^2 / 4000 - prod cos(z_i / sqrt i)`, (..., d) -> (...)."""
     root = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype).sqrt()
     return 1 + z.square().sum(-1) / 4000 - torch.cos(z / root).prod(-1)
 
 
 def schwefel(z: Tensor) -> Tensor:
-    """`sum 418.98 - z sin sqrt|z|` within [-500, 500]^d, (..., d) -> (...); 0.02 times the squared excess is added outside.
+    """Return `sum 418.98 - z sin sqrt|z|` in [-500, 500]^d, (..., d) -> (...), plus 0.02 times the squared excess outside.
 
-    Without that, there are ever deeper minima outside the domain.
+    Without this penalty, minima outside the domain get ever deeper.
     """
     inside = z.clamp(-500, 500)
     terms = 418.9828872724338 - inside * torch.sin(inside.abs().sqrt())
@@ -48,19 +48,19 @@ def schwefel(z: Tensor) -> Tensor:
 
 
 def styblinski_tang(z: Tensor) -> Tensor:
-    """`sum 39.17 + (z^4 - 16 z^2 + 5 z) / 2`, (..., d) -> (...)."""
+    """Return `sum 39.17 + (z^4 - 16 z^2 + 5 z) / 2`, (..., d) -> (...)."""
     square = z.square()
     return (39.16616570377142 + (square.square() - 16 * square + 5 * z) / 2).sum(-1)
 
 
 def rosenbrock(z: Tensor) -> Tensor:
-    """`sum 100 (z_{i+1} - z_i^2)^2 + (1 - z_i)^2`, (..., d) -> (...); a bent valley, and for d = 2 a single minimum."""
+    """Return `sum 100 (z_{i+1} - z_i^2)^2 + (1 - z_i)^2`, (..., d) -> (...); a curved valley, with one minimum for d = 2."""
     now, after = z[..., :-1], z[..., 1:]
     return (100 * (after - now.square()).square() + (1 - now).square()).sum(-1)
 
 
 def himmelblau(z: Tensor) -> Tensor:
-    """`(z_1^2 + z_2 - 11)^2 + (z_1 + z_2^2 - 7)^2`, (..., 2) -> (...); four minima of equal depth."""
+    """Return `(z_1^2 + z_2 - 11)^2 + (z_1 + z_2^2 - 7)^2`, (..., 2) -> (...); four minima of equal depth."""
     first, second = z.unbind(-1)
     return (first.square() + second - 11).square() + (first + second.square() - 7).square()
 
@@ -71,11 +71,11 @@ class Function:
 
     Attributes:
         title: its name.
-        of: the function itself, (..., d) -> (...), 0 at its minima.
-        lowest: its global minima, in its own coordinates; a single number stands for a point with that number throughout.
-        unit: its coordinates per learner's coordinate.
-        multimodal: whether it has minima besides the global ones.
-        plane: whether it is defined for d = 2 alone.
+        of: the function itself, (..., d) -> (...), 0 at its global minima.
+        lowest: its global minima, in its own coordinates; a single number is a point with all coordinates equal to it.
+        unit: its coordinates per unit of the learner's coordinates.
+        multimodal: whether it has non-global minima.
+        plane: whether it is defined only for d = 2.
     """
 
     title: str
@@ -86,16 +86,16 @@ class Function:
     plane: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Values (...) at learner's coordinates (..., d)."""
+        """Return values (...) at learner's coordinates (..., d)."""
         return self.of(self.unit * x)
 
     def minima(self, dimension: int) -> Tensor:
-        """Global minima (m, d) in learner's coordinates, in float64."""
+        """Return the global minima (m, d) in learner's coordinates, in float64."""
         points = [list(p) if isinstance(p, tuple) else [p] * dimension for p in self.lowest]
         return torch.tensor(points, dtype=torch.double) / self.unit
 
     def level(self, dimension: int) -> float:
-        """Mean value over the box of starts, from 4096 points that are always the same."""
+        """Return the mean value over the box of starts, from 4096 fixed points."""
         generator = torch.Generator().manual_seed(0)
         points = (2 * torch.rand(4096, dimension, generator=generator, dtype=torch.double) - 1) * BOX
         return float(self(points).mean())
@@ -120,14 +120,14 @@ FUNCTIONS: dict[str, Function] = {
     "styblinski-tang": Function("Styblinski-Tang", styblinski_tang, (-2.903534027771177,)),
     "rosenbrock": Function("Rosenbrock", rosenbrock, (1.0,), multimodal=False),
 }
-"""By name. Himmelblau's minima are all global; Rosenbrock is the control without local minima."""
+"""Functions by name. Himmelblau's minima are all global; Rosenbrock is the control without local minima."""
 
 
 def function(name: str, dimension: int = 2) -> Function:
-    """The function of a name.
+    """Return the function of a name.
 
     Raises:
-        ConfigError: there is none, or it is not defined in so many dimensions.
+        ConfigError: the name is unknown, or the function is not defined in this number of dimensions.
     """
     require_choice("function", name, FUNCTIONS)
     benchmark = FUNCTIONS[name]
@@ -137,7 +137,7 @@ def function(name: str, dimension: int = 2) -> Function:
 
 
 def draw(count: int, dimension: int, shift: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Starts in the box and shifts of the function, both (count, d) in float64."""
+    """Draw starts in the box and shifts of the function, both (count, d) in float64."""
     generator = torch.Generator().manual_seed(seed)
     uniform = 2 * torch.rand(2, count, dimension, generator=generator, dtype=torch.double) - 1
     return uniform[0] * BOX, uniform[1] * shift
@@ -157,12 +157,12 @@ def descend(
     steps: int = 60,
     cap: float = 0.5,
 ) -> Tensor:
-    """The baselines, which follow the true gradient g from starts (S, d): (steps + 1, S, d).
+    """Run a baseline that follows the true gradient g from starts (S, d): (steps + 1, S, d).
 
     Args:
-        method: gradient descent; the same with momentum 0.9; Adam; or "capped", a top-down network made by hand: it sends
-            `T = (rate / cap) g`, so that a step is `cap tanh(T)`, which no coordinate exceeds.
-        rate: step size; a tensor (R, 1, 1) follows R paths from each start, (steps + 1, R, S, d).
+        method: gradient descent; the same with momentum 0.9; Adam; or "capped", a hand-built top-down network: it sends
+            `T = (rate / cap) g`, so that a step is `cap tanh(T)`, at most `cap` per coordinate.
+        rate: step size; a tensor (R, 1, 1) runs R paths from each start, (steps + 1, R, S, d).
     """
     x = starts + torch.zeros_like(torch.as_tensor(rate, dtype=starts.dtype))
     first, second = torch.zeros_like(x), torch.zeros_like(x)
@@ -183,7 +183,7 @@ def descend(
 
 
 def best_of_random(function: Function, starts: Tensor, shifts: Tensor, seed: int, steps: int = 60) -> Tensor:
-    """The best (S, d) of each start and `steps` uniform points of the box: a control that learns nothing."""
+    """Return the best (S, d) of each start and `steps` uniform points in the box: a control without learning."""
     count, dimension = starts.shape
     points = draw(steps * count, dimension, 0.0, seed)[0].view(steps, count, dimension).to(starts.dtype)
     everything = torch.cat([starts[None], points])

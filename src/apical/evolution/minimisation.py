@@ -1,19 +1,19 @@
-"""Top-down networks evolved to find minima of non-convex functions: the learner is the point x itself.
+"""Evolve top-down networks to find minima of non-convex functions; the learner is the point x itself.
 
     x <- x - cap tanh(T(s)),   60 steps, from random starts in [-3, 3]^d
 
-T sees no gradient and not where the point is, only what its own steps did, so it cannot learn by heart where the minimum
-lies; that is shifted anew for every start. Three kinds:
+T sees neither the gradient nor the position of the point, only the effect of its own steps, so it cannot memorise the
+minimum, which is also shifted at random for every start. There are three kinds:
 
     stateless   a perceptron of       s = [u ; tanh(10 df / level) ; l]
     recurrent   an Elman network of   s = [u ; x* - x ; tanh(10 df / level) ; tanh(10 (f - f*) / level) ; l ; t]
-    coordinate  the same network for every coordinate: it moves one at a time, `turn` steps each, and remembers, and calls
-                its best, what came since its turn began; f and level are divided by d
+    coordinate  the same network for every coordinate: it moves one at a time, for `turn` steps each; its memory and its
+                best point start with each turn; f and level are divided by d
 
-with u = tanh(T) of the last step, df the change of f that it made, x* and f* the best point so far and its value, t the time
+with u = tanh(T) of the last step, df the resulting change of f, x* and f* the best point so far and its value, t the time
 from -1 to 1, level the mean of f over the starts, and l = log(1 + f) / log(1 + level). Memory and a larger cap depart from
-the released code, whose top-down networks have neither; that is for classification, and what the paper's networks for
-functions were like is not known (only its abstract could be read).
+the released code, whose top-down networks have neither. That code is for classification; the paper's networks for functions
+are unknown (only its abstract was available).
 """
 
 import math
@@ -39,16 +39,16 @@ class Setting:
     """What is evolved, and on which function.
 
     Attributes:
-        function: its name.
-        dimension: of the point, d.
-        kind: of top-down network.
-        cap: longest step per coordinate.
-        shift: minima are moved by uniform numbers in [-shift, shift]^d, anew for every start.
-        steps: of the learner.
-        turn: steps of one coordinate, before the next one is moved; for kind "coordinate" alone.
+        function: name of the function.
+        dimension: dimension d of the point.
+        kind: kind of top-down network.
+        cap: largest step per coordinate.
+        shift: minima are shifted by uniform numbers in [-shift, shift]^d, drawn for every start.
+        steps: steps of the learner.
+        turn: steps of one coordinate before the next is moved; only for kind "coordinate".
         starts: learners per individual and generation.
-        hidden: units in each hidden layer of the top-down network, of which a stateless one has two.
-        seed: of starts, shifts and the first top-down network.
+        hidden: units in each hidden layer of the top-down network; a stateless one has two such layers.
+        seed: seed of starts, shifts and the initial top-down network.
     """
 
     function: str = "rastrigin"
@@ -64,16 +64,16 @@ class Setting:
 
 
 class Minimisation:
-    """The task of evolving, for :class:`apical.evolution.workers.Task`: fitness is minus the mean final value.
+    """The evolution task, a :class:`apical.evolution.workers.Task`: fitness is minus the mean final value.
 
     Raises:
-        ConfigError: the function is not known or not defined in so many dimensions, or a setting is not usable.
+        ConfigError: the function is unknown or not defined in this number of dimensions, or a setting is invalid.
     """
 
     def __init__(self, setting: Setting) -> None:
         counts = (setting.steps, setting.starts, setting.hidden, setting.turn)
         if min(counts) < 1 or setting.cap <= 0 or setting.shift < 0:
-            raise ConfigError(f"steps, starts, hidden, turn and cap must be positive, shift not negative; got {setting}")
+            raise ConfigError(f"steps, starts, hidden, turn and cap must be positive, shift at least 0; got {setting}")
         if setting.kind not in KINDS:
             raise ConfigError(f"the kind must be one of {', '.join(KINDS)}; got {setting.kind!r}")
         self.setting = setting
@@ -88,20 +88,20 @@ class Minimisation:
 
     @cached_property
     def level(self) -> float:
-        """The function's mean over the box of starts; for kind "coordinate" divided by d."""
+        """Mean of the function over the box of starts; divided by d for kind "coordinate"."""
         return self.function.level(self.setting.dimension) / self._share
 
     def walk(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Tensor:
-        """Where each individual of (P, D) takes each start: (steps + 1, P, S, d).
+        """Return the path of each individual of (P, D) from each start: (steps + 1, P, S, d).
 
         Args:
-            starts: (S, d), or those of each individual, (P, S, d).
-            shifts: how far each start's function is moved, of the same shape.
+            starts: (S, d), or separate ones for each individual, (P, S, d).
+            shifts: shift of the function for each start, of the same shape.
         """
         return torch.stack([x.clone() for x in self._points(individuals, starts, shifts)]).transpose(2, 3)
 
     def _points(self, individuals: Tensor, starts: Tensor, shifts: Tensor) -> Iterator[Tensor]:
-        """The same, step by step: (P, d, S), which the next step overwrites."""
+        """Yield the points of each step, (P, d, S); the next step overwrites them."""
         setting, layers, moved = self.setting, self.network.layers(individuals), shifts.transpose(-1, -2)
         turn = setting.turn if setting.kind == "coordinate" else setting.steps
         x = starts.transpose(-1, -2).expand(len(individuals), -1, -1).clone()  # starts last: see `evaluate`
@@ -137,12 +137,12 @@ class Minimisation:
         return tanh(difference * (10 / self.level))
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Minus the mean final value over the generation's starts, (P,)."""
+        """Return minus the mean final value over the generation's starts, (P,)."""
         return together([self], individuals[None], generation)[0]
 
 
 def together(tasks: Sequence[Minimisation], populations: Tensor, generation: int) -> Tensor:
-    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one walk is cheaper."""
+    """Return fitness (S, P) of a population (P, D) for S tasks that differ in their seed; a single walk is cheaper."""
     task, setting, P = tasks[0], tasks[0].setting, populations.shape[1]
     seeds = [seed_of(item.setting.seed, "starts", generation) for item in tasks]
     drawn = zip(*(draw(setting.starts, setting.dimension, setting.shift, seed) for seed in seeds), strict=True)

@@ -1,9 +1,9 @@
-"""Top-down networks as flat vectors: perceptrons with tanh layers and a linear last one, evaluated for a whole population.
+"""Top-down networks as flat vectors: tanh perceptrons with a linear last layer, evaluated for a whole population.
 
     T(s) = V_n tanh(... tanh(V_1 s + b_1) ...) + b_n
 
-One batched product per layer serves all individuals. With layers of a dozen units, NumPy's products and its tanh take a
-fourth of the time of PyTorch's on a CPU, so they are what is used; nothing here is differentiated.
+Each layer is one batched product for all individuals. For layers of a dozen units on a CPU, NumPy's products and tanh take a
+quarter of PyTorch's time, so they are used here; nothing is differentiated.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from apical.errors import ConfigError
 
 
 class Perceptron:
-    """Layers of the given sizes, from input to output; weights come as vectors (P, D).
+    """A perceptron with layers of the given sizes, from input to output; weights are passed as vectors (P, D).
 
     Raises:
-        ConfigError: fewer than two sizes, or one that is not positive.
+        ConfigError: there are fewer than two sizes, or one is not positive.
 
     >>> Perceptron([3, 12, 12, 2]).parameters
     230
@@ -34,11 +34,11 @@ class Perceptron:
 
     @property
     def parameters(self) -> int:
-        """Weights and biases, D."""
+        """Number of weights and biases, D."""
         return sum(self._parts)
 
     def start(self, seed: int) -> Tensor:
-        """Xavier-uniform weights and zero biases, (D,) in float32."""
+        """Draw Xavier-uniform weights and zero biases, (D,) in float32."""
         generator = torch.Generator().manual_seed(seed)
         pieces = []
         for i, o in pairwise(self.sizes):
@@ -47,7 +47,7 @@ class Perceptron:
         return torch.cat(pieces)
 
     def layers(self, individuals: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Weights (P, out, in) and biases (P, out, 1) of each layer, views of individuals (P, D)."""
+        """Return weights (P, out, in) and biases (P, out, 1) of each layer as views of individuals (P, D)."""
         pieces = individuals.split(self._parts, dim=1)
         return [
             (weight.view(-1, o, i), bias[..., None])
@@ -56,9 +56,9 @@ class Perceptron:
 
 
 def evaluate(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
-    """Outputs (P, out, batch) of :meth:`Perceptron.layers` for inputs (P, in, batch).
+    """Return outputs (P, out, batch) of :meth:`Perceptron.layers` for inputs (P, in, batch).
 
-    Examples come last, since products of many small matrices are several times faster that way round.
+    Examples come last, because products of many small matrices are several times faster in this order.
     """
     x = inputs.numpy()
     for number, (weight, bias) in enumerate(layers, start=1):
@@ -70,12 +70,12 @@ def evaluate(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
 
 
 def recur(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """An Elman network's outputs (P, out, batch) and new memory (P, hidden, batch).
+    """Return outputs (P, out, batch) and new memory (P, hidden, batch) of an Elman network.
 
         memory <- tanh(V [s ; memory] + b),   T = U memory + c
 
     Args:
-        layers: the two of a perceptron with as many more inputs as it has hidden units.
+        layers: the two layers of a perceptron whose inputs include its hidden units.
         inputs: s, (P, in, batch).
         memory: hidden units after the last step, (P, hidden, batch).
     """
@@ -85,5 +85,5 @@ def recur(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor, memory: Tenso
 
 
 def tanh(x: Tensor) -> Tensor:
-    """The same as `torch.tanh`, in NumPy."""
+    """Compute `torch.tanh` in NumPy."""
     return torch.from_numpy(np.tanh(x.numpy()))

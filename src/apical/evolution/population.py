@@ -1,9 +1,9 @@
-"""Many learners trained at once: the same rule, other weights, other top-down networks, other learning rates.
+"""Train many learners at the same time: one rule, different weights, top-down networks and learning rates.
 
 A lifetime is the training of one learner from its initial weights for a fixed number of steps. `torch.func.vmap` runs the
-lifetimes of a whole population as one, so that each step costs a few large products instead of many small ones. What is
-mapped is the rule itself, as it is: :class:`Population` knows nothing of top-down networks, and trains learners by
-backpropagation or direct feedback alignment just as well.
+lifetimes of a whole population as one, so that each step costs a few large products instead of many small ones. It maps the
+unmodified rule: :class:`Population` does not depend on top-down networks and also trains learners by backpropagation or
+direct feedback alignment.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ from apical.evolution.tape import recorded
 
 @dataclass(frozen=True)
 class Lifetime:
-    """How one learner is trained: full batches, or `batch_size` examples a step, the same for all of a population.
+    """How one learner is trained: full batches, or `batch_size` examples per step, the same for the whole population.
 
     Attributes:
-        steps: updates.
+        steps: number of updates.
         lr: step size of the optimiser.
         optimizer: "adam" (with its default betas) or "sgd" (with momentum 0.9).
-        clip: largest norm of the gradient of all weights together; 0 does not clip.
-        batch_size: examples per step, drawn anew each time; None takes all.
+        clip: maximum norm of the gradient of all weights together; 0 disables clipping.
+        batch_size: examples per step, drawn at each step; None uses all.
     """
 
     steps: int = 50
@@ -43,30 +43,30 @@ class Lifetime:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.clip < 0 or (self.batch_size is not None and self.batch_size < 1):
-            raise ConfigError(f"steps, lr and batch size of a lifetime must be positive, clip not negative; got {self}")
+            raise ConfigError(f"steps, lr and batch size of a lifetime must be positive, clip at least 0; got {self}")
         if self.optimizer not in ("adam", "sgd"):
             raise ConfigError(f'the optimizer of a lifetime must be "adam" or "sgd", not {self.optimizer!r}')
 
     def require_examples(self, number: int) -> None:
-        """Refuse a mini-batch larger than the data: `DataError`."""
+        """Raise `DataError` if a mini-batch is larger than the data."""
         if self.batch_size is not None and self.batch_size > number:
-            raise DataError(f"batches of {self.batch_size} from {number} examples: take fewer a step")
+            raise DataError(f"cannot draw batches of {self.batch_size} from {number} examples; use a smaller batch size")
 
 
 class Layout:
-    """Between a flat vector and the named tensors that it holds, one after the other."""
+    """Conversion between a flat vector and the named tensors concatenated in it."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.size = sum(shape.numel() for shape in self.shapes.values())
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """(size,), or (P, size) where each tensor has a leading dimension P."""
+        """Return a vector (size,), or (P, size) if each tensor has a leading dimension P."""
         batch = next(iter(parameters.values())).dim() - len(next(iter(self.shapes.values())))
         return torch.cat([parameters[name].flatten(batch) for name in self.shapes], dim=-1)
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views (..., *shape) of a vector (..., size)."""
+        """Return views (..., *shape) of a vector (..., size)."""
         parts = vector.split([shape.numel() for shape in self.shapes.values()], dim=-1)
         return {
             name: part.view(*part.shape[:-1], *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
@@ -77,43 +77,43 @@ class Population:
     """Learners that share one rule and differ in their weights.
 
     Args:
-        rule: any rule made of PyTorch operations that `torch.func` can follow. Its model keeps its own weights.
-        inputs, targets: an example batch, to find the rule's units with.
-        individual: parameters of the rule, besides the model's, that each learner has its own of: those whose name starts
-            with this, such as "teacher.".
-        record: note the operations of the first step for each shape of the data and repeat them, which spares the rule's own
-            Python. For rules whose operations depend on shapes alone, as those of top-down credit assignment do.
+        rule: any rule whose operations `torch.func` can transform. Its model keeps its own weights.
+        inputs, targets: an example batch, used to find the rule's units.
+        individual: prefix of the rule's parameters, in addition to the model's, that are separate for each learner, such
+            as "teacher.".
+        record: record the operations of the first step for each shape of the data and replay them, which avoids the
+            rule's Python overhead. For rules whose operations depend only on shapes, as in top-down credit assignment.
 
     Raises:
-        ConfigError: the rule is around another one.
-        UnsupportedModelError: the model keeps running statistics, which learners of a population cannot share.
+        ConfigError: the rule wraps another rule.
+        UnsupportedModelError: the model keeps running statistics, which the learners of a population cannot share.
     """
 
     def __init__(
         self, rule: CreditRule, inputs: Tensor, targets: Tensor, individual: str | None = None, record: bool = False
     ) -> None:
         if isinstance(rule, WrappedRule):
-            raise ConfigError(f"a population takes no {type(rule).__name__}; give it the {type(rule.rule).__name__} inside")
+            raise ConfigError(f"a population does not accept {type(rule).__name__}; pass its {type(rule.rule).__name__}")
         for name, module in rule.model.named_modules():
             if isinstance(module, _NormBase) and module.track_running_stats:
                 raise UnsupportedModelError(
-                    f"layer {name!r} ({type(module).__name__}) keeps running statistics, which learners trained at once "
+                    f"layer {name!r} ({type(module).__name__}) keeps running statistics, which the learners of a population "
                     "would share; replace it by GroupNorm, or build it with track_running_stats=False"
                 )
         self.rule, self.record = rule, record
         self._records: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
         if individual is not None:
-            rule.loss = lambda output, targets: output.new_zeros(())  # top-down networks know none; nobody reads it
+            rule.loss = lambda output, targets: output.new_zeros(())  # unused: top-down networks do not use the loss
         if isinstance(rule, CutRule):
             rule.plain_roots = True
-        rule(inputs[:2], targets[:2])  # finds the units, draws what is drawn at the first batch
+        rule(inputs[:2], targets[:2])  # finds the units and draws feedback weights
         named = dict(rule.named_parameters())
         self.learner = Layout({name: p for name, p in named.items() if name.startswith("model.") and p.requires_grad})
         apart = {name: p for name, p in named.items() if individual is not None and name.startswith(individual)}
         self.other = Layout(apart) if apart else None
 
     def start(self, model: nn.Module) -> Tensor:
-        """Flat weights (n,) of a model like the rule's own."""
+        """Return flat weights (n,) of a model with the structure of the rule's model."""
         return self.learner.flat({f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad})
 
     @cached_property
@@ -131,10 +131,10 @@ class Population:
         return gradient
 
     def gradients(self, weights: Tensor, other: Tensor | None, inputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
-        """The rule's `.grad` for each learner, (P, n), from weights (P, n) and what else is individual (P, m).
+        """Return the rule's `.grad` for each learner, (P, n), from weights (P, n) and other individual parameters (P, m).
 
         Args:
-            inputs, targets: one batch for all or, with `own`, one for each: (P, batch, ...).
+            inputs, targets: one batch for all or, with `own`, one per learner: (P, batch, ...).
         """
         data = 0 if own else None
         mapped = vmap(self._gradients, in_dims=(0, 0, data, data))
@@ -153,7 +153,7 @@ class Population:
             return self._records[kind, own](*arguments)
 
     def outputs(self, weights: Tensor, inputs: Tensor, own: bool = False) -> Tensor:
-        """Model outputs (P, batch, ...) for weights (P, n)."""
+        """Return model outputs (P, batch, ...) for weights (P, n)."""
 
         def forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
             plain = {name.removeprefix("model."): weight for name, weight in weights.items()}
@@ -177,15 +177,15 @@ class Population:
         own: bool = False,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Weights (P, n) after a lifetime.
+        """Return the weights (P, n) after a lifetime.
 
         Args:
-            start: initial weights, (P, n), or (n,) where all learners begin alike.
-            other: what else is individual (P, m), such as the top-down networks; None where nothing is.
+            start: initial weights, (P, n), or (n,) if they are the same for all learners.
+            other: other individual parameters (P, m), such as the top-down networks; None if there are none.
             lr: step size of each learner (P,), instead of the lifetime's.
-            seed: of the mini-batches.
+            seed: seed of the mini-batches.
             own: inputs and targets have a leading dimension P.
-            watch: called before each step, and after the last, with the number of finished steps and the weights (P, n).
+            watch: called before each step and after the last one with the number of finished steps and the weights (P, n).
 
         Raises:
             DataError: a mini-batch is larger than the data.
@@ -215,7 +215,7 @@ class Population:
 
 
 def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Callable[[Tensor], None]:
-    """A function that moves `weights` (P, n) in place along gradients (P, n), as `torch.optim` does with each learner's."""
+    """Return a function that updates `weights` (P, n) in place from gradients (P, n), as `torch.optim` would per learner."""
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     count = 0
 
@@ -235,7 +235,7 @@ def inner_optimizer(lifetime: Lifetime, weights: Tensor, rates: Tensor) -> Calla
 
 
 def losses(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
-    """Mean negative log-likelihood of classes (batch,) or squared error of numbers: (P,), for outputs (P, batch, ...)."""
+    """Return the mean negative log-likelihood of classes (batch,) or squared error: (P,), for outputs (P, batch, ...)."""
     if targets.is_floating_point():
         goals = targets if own else targets.expand_as(outputs)
         return (outputs - goals).square().flatten(1).mean(1)
@@ -245,5 +245,5 @@ def losses(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
 
 
 def accuracies(outputs: Tensor, targets: Tensor, own: bool = False) -> Tensor:
-    """Fraction of right classes (P,) for outputs (P, batch, classes) and targets (batch,), or (P, batch) with `own`."""
+    """Return the accuracy (P,) of outputs (P, batch, classes) for targets (batch,), or (P, batch) with `own`."""
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(1)

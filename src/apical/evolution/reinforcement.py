@@ -1,27 +1,27 @@
-"""Top-down networks evolved to train policies by credits alone, on :mod:`apical.evolution.environments`.
+"""Evolve top-down networks that train policies by credits alone, on :mod:`apical.evolution.environments`.
 
-A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. Every time step, with the
-action y (one-hot) that was taken and its advantage a, sends credits: c_h to hidden units, e_o to the logits. Averaged over
-all time steps of the update, with h the hidden units' activity,
+A lifetime is 20 updates of a policy `pi = softmax(W2 tanh(W1 o + v1) + v2)`, each from 4 episodes. Every time step, with
+its action y (one-hot) and advantage a, sends credits: c_h to hidden units, e_o to the logits. Averaged over all time steps
+of the update, with h the activity of the hidden units,
 
     e_h = c_h (1 - h^2),   dW2 = mean e_o h^T,   dW1 = mean e_h o^T
 
-and Adam descends along it, its norm clipped at 1. The advantage is the discounted return-to-go, minus its mean over the
-update's episodes at that time (0 for one that has ended), divided by the standard deviation of that over all time steps.
-Where credits come from:
+and Adam descends along it, with its norm clipped at 1. The advantage is the discounted return-to-go, minus its mean over the
+update's episodes at that time (0 for an episode that has ended), divided by its standard deviation over all time steps.
+Sources of credit:
 
     reinforce   e_o = a (pi - y),  c_h = W2^T e_o       the policy gradient, by backpropagation
-    by_hand     e_o = a (pi - y),  c_h = 0              what a gated top-down network could send
+    by_hand     e_o = a (pi - y),  c_h = 0              a gated top-down network could send this
     gated       e_o = a T([pi ; y ; ...])               T is multiplied by the advantage and does not see it: a three-factor
-                                                        rule. With `state`, T also sees the observation, how many updates
-                                                        are done and the update's mean return
-    by_action   e_o[k] = a T([pi[k] ; y[k]])            one small T for all actions k, so that the same one serves policies
-                                                        with any number of them, and tasks of any kind
-    ungated     c_o, c_h = T([pi ; y ; a]),  e_o = pi (c_o - c_o . pi)    as the released code has it for classification
+                                                        rule. With `state`, T also sees the observation, the number of
+                                                        finished updates and the update's mean return
+    by_action   e_o[k] = a T([pi[k] ; y[k]])            one small T for all actions k, so that the same T works for policies
+                                                        with any number of actions, and for any task
+    ungated     c_o, c_h = T([pi ; y ; a]),  e_o = pi (c_o - c_o . pi)    as in the released code for classification
 
-Gating, credit on logits and the state are departures from that code. The paper's own set-up is not known (only the abstract
-of arXiv 2208.01416 could be read): environments, inputs and settings are our choice. A network that sees the state could
-send what a good policy does without regard to reward; :func:`shuffled` advantages show it.
+Gating, credit on logits and the state depart from that code. The paper's setup is unknown (only the abstract of arXiv
+2208.01416 was available): environments, inputs and settings are our choice. A network that sees the state could send the
+actions of a good policy regardless of reward; :func:`shuffled` advantages reveal this.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,13 +41,13 @@ from apical.evolution.seeds import seed_of
 
 
 class Steps(NamedTuple):
-    """All time steps of an update, examples last as in :func:`apical.evolution.perceptron.evaluate`; B = T E.
+    """All time steps of an update, examples last, as in :func:`apical.evolution.perceptron.evaluate`; B = T E.
 
     Attributes:
         observations: (P, n, B).
         actions: one-hot, (P, actions, B).
         rewards: (P, T, E).
-        alive: whether the episode still ran when the action was taken, (P, T, E).
+        alive: whether the episode was still running when the action was taken, (P, T, E).
     """
 
     observations: Tensor
@@ -57,12 +57,12 @@ class Steps(NamedTuple):
 
     @property
     def returns(self) -> Tensor:
-        """Mean undiscounted return of each individual's episodes, (P,)."""
+        """Return the mean undiscounted return of each individual's episodes, (P,)."""
         return (self.rewards * self.alive).sum(1).mean(1)
 
 
 class Known(NamedTuple):
-    """What credits may depend on: probabilities and one-hot actions (P, actions, B), advantages (P, 1, B), the readout
+    """Inputs to credits: probabilities and one-hot actions (P, actions, B), advantages (P, 1, B), the readout
     (P, actions, hidden), and the state: observations, progress from -1 to 1 and return, all scaled, (P, n + 2, B)."""
 
     pi: Tensor
@@ -77,24 +77,24 @@ Credits = Callable[[Known], tuple[Tensor | None, Tensor]]
 
 
 def by_hand(episode: Known) -> tuple[None, Tensor]:
-    """`a (pi - y)` for the logits, nothing for hidden units."""
+    """Return `a (pi - y)` for the logits and None for hidden units."""
     return None, episode.advantages * (episode.pi - episode.actions)
 
 
 def reinforce(episode: Known) -> tuple[Tensor, Tensor]:
-    """The credits with which the rule is REINFORCE."""
+    """Return the credits that make the rule REINFORCE."""
     _, output = by_hand(episode)
     return episode.readout.transpose(1, 2) @ output, output
 
 
 def shuffled(credits: Credits, seed: int) -> Credits:
-    """The same credits from advantages that are dealt out anew among all time steps: a control."""
+    """Return the same credits from advantages that are permuted over all time steps: a control."""
     generator = torch.Generator().manual_seed(seed)
 
     def changed(episode: Known) -> tuple[Tensor | None, Tensor]:
         a = episode.advantages
         order = torch.rand(a.shape, generator=generator).masked_fill(a == 0, 2.0).argsort(-1)
-        rank = (a == 0).to(torch.uint8).argsort(dim=-1, stable=True)  # those that are not 0 first, in their order
+        rank = (a == 0).to(torch.uint8).argsort(dim=-1, stable=True)  # nonzero ones first, in their order
         dealt = torch.zeros_like(a).scatter(-1, rank, a.gather(-1, order))
         return credits(episode._replace(advantages=dealt))
 
@@ -102,8 +102,8 @@ def shuffled(credits: Credits, seed: int) -> Credits:
 
 
 def advantages(rewards: Tensor, alive: Tensor, discount: float) -> Tensor:
-    """Centred and scaled return-to-go (P, T, E); 0 where an episode has ended."""
-    dtype, alive = rewards.dtype, alive.double()  # in float32, equal returns would differ from their mean by too much
+    """Return the centred and scaled return-to-go (P, T, E); 0 after the end of an episode."""
+    dtype, alive = rewards.dtype, alive.double()  # in float32, equal returns would differ too much from their mean
     togo = (rewards * alive).numpy()
     for t in reversed(range(togo.shape[1] - 1)):
         togo[:, t] += discount * togo[:, t + 1]
@@ -117,7 +117,7 @@ def advantages(rewards: Tensor, alive: Tensor, discount: float) -> Tensor:
 def pseudo_gradient(
     policy: Perceptron, weights: Tensor, steps: Steps, credits: Credits, discount: float, state: Tensor
 ) -> Tensor:
-    """The rule's mean over all time steps before an episode's end, (P, n), for policies (P, n)."""
+    """Return the rule's mean update over all time steps before the ends of episodes, (P, n), for policies (P, n)."""
     (w1, v1), (w2, v2) = policy.layers(weights)
     h = tanh(torch.baddbmm(v1, w1, steps.observations))  # (P, hidden, T E)
     pi = torch.softmax(torch.baddbmm(v2, w2, h), 1)
@@ -142,11 +142,11 @@ def play(
     episodes: int,
     limit: int,
 ) -> Steps:
-    """Episodes of every policy (P, n), until all have ended or for `limit` steps.
+    """Run episodes of every policy (P, n), until all have ended or for `limit` steps.
 
     Args:
-        settings: of the environment, each (P,).
-        seeds: of first states and actions, one for each group of individuals, who meet the same chance.
+        settings: settings of the environment, each (P,).
+        seeds: seeds of initial states and actions, one per group of individuals, which share random numbers.
     """
     P, E = len(weights), episodes
     group = P // len(seeds)
@@ -187,14 +187,14 @@ def play(
 
 
 class _Record:
-    """Time steps of N episodes, written in pieces, each of the episodes that still ran."""
+    """Time steps of N episodes, written in pieces, each for the episodes still running."""
 
     def __init__(self, count: int, limit: int) -> None:
         self.count, self.limit, self.length = count, limit, 0
         self.arrays: list[Array] = []
 
     def add(self, begun: int, index: Array, *lists: Sequence[Array]) -> None:
-        """Time steps from `begun` on of the episodes `index`: lists of (..., len(index))."""
+        """Add time steps from `begun` on for the episodes `index`: lists of (..., len(index))."""
         pieces = [np.stack(step_values) for step_values in lists]
         if not self.arrays:
             self.arrays = [
@@ -219,7 +219,7 @@ class _Record:
 
 
 def _actions(layers: Sequence[Array], observation: Array, luck: Array) -> Array:
-    """What policies do (N,), each episode with weights of its own, given uniform numbers (N,)."""
+    """Sample actions (N,), with separate policy weights per episode, from uniform numbers (N,)."""
     w1, v1, w2, v2 = layers
     h = np.einsum("ihn,in->hn", w1, observation)
     h += v1
@@ -227,7 +227,7 @@ def _actions(layers: Sequence[Array], observation: Array, luck: Array) -> Array:
     logits = np.einsum("han,hn->an", w2, h)
     logits += v2
     *below, total = accumulate(np.exp(logits - logits.max(0)))
-    threshold, action = luck * total, np.zeros_like(luck)  # a float, so that environments compute in the same type
+    threshold, action = luck * total, np.zeros_like(luck)  # floats, so that environments compute in the same dtype
     for bound in below:
         action += threshold > bound
     return action
@@ -238,22 +238,22 @@ class Setting:
     """What is evolved, and in which environments.
 
     Attributes:
-        environment: its name.
-        ranges: setting of the environment -> (lowest, highest); drawn anew for each generation.
-        gated: whether the advantage multiplies what the top-down network sends to logits, and nothing else is sent; if not,
-            it is an input, and credit goes to hidden units and probabilities.
+        environment: name of the environment.
+        ranges: setting of the environment -> (lowest, highest); drawn for each generation.
+        gated: whether the advantage multiplies the credit that the top-down network sends to logits, the only credit then;
+            otherwise the advantage is an input, and credit is sent to hidden units and probabilities.
         state: whether a gated network sees the state.
-        by_action: whether a gated network sees the probability of one action and whether it was taken, and sends to its
-            logit alone; it then has the same weights for any environment.
-        lifetime: updates (its steps), step size, clip.
-        episodes: per update.
-        steps: after so many, an episode ends.
-        discount: of rewards, per step.
-        last: updates that count as the end of a lifetime.
+        by_action: whether a gated network sees the probability of one action and whether it was taken, and sends credit
+            only to its logit; the same weights then work for any environment.
+        lifetime: number of updates (its steps), step size, clip.
+        episodes: episodes per update.
+        steps: maximum number of steps in an episode.
+        discount: discount of rewards per step.
+        last: number of last updates that count as the end of a lifetime.
         units: hidden units of the policy.
         hidden: units in each of the two hidden layers of the top-down network.
-        returns: size of a return, by which it is divided where a network sees it.
-        seed: of environments, policies and the first top-down network.
+        returns: scale of a return, by which it is divided as an input to a network.
+        seed: seed of environments, policies and the initial top-down network.
     """
 
     environment: str = "cart-pole"
@@ -275,24 +275,24 @@ class Setting:
 
 
 class Reinforcement:
-    """The task of evolving, for :class:`apical.evolution.workers.Task`.
+    """The evolution task, a :class:`apical.evolution.workers.Task`.
 
     Raises:
-        ConfigError: the environment does not exist or has no such setting, or a setting is not usable.
+        ConfigError: the environment is unknown or has no such setting, or a setting is invalid.
     """
 
     def __init__(self, setting: Setting) -> None:
         counts = (setting.episodes, setting.steps, setting.units, setting.hidden)
         if min(counts) < 1 or not 1 <= setting.last <= setting.lifetime.steps or not 0 <= setting.discount <= 1:
             raise ConfigError(
-                "episodes, steps, units and hidden must be positive, last from 1 to the number of updates, and "
-                f"discount from 0 to 1; got {setting}"
+                "episodes, steps, units and hidden must be positive, last must be from 1 to the number of updates, and "
+                f"discount must be from 0 to 1; got {setting}"
             )
         if setting.state and not setting.gated:
-            raise ConfigError("only a gated top-down network sees the state: give gated=True too")
+            raise ConfigError("only a gated top-down network sees the state: also pass gated=True")
         if setting.by_action and (setting.state or not setting.gated):
             raise ConfigError(
-                "by_action is for a gated network that does not see the state: give gated=True and state=False"
+                "by_action requires a gated network that does not see the state: pass gated=True and state=False"
             )
         self.setting, self.environment = setting, environment(setting.environment)
         if unknown := sorted(set(setting.ranges) - set(self.environment.settings)):
@@ -310,13 +310,13 @@ class Reinforcement:
     def live(
         self, start: Tensor, credits: Credits, settings: Mapping[str, Array], seeds: Sequence[int], lr: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Lifetimes of policies that begin as start (P, n): mean returns per update (updates, P), and final weights (P, n).
+        """Run lifetimes of policies from start (P, n); return mean returns (updates, P) and final weights (P, n).
 
         Args:
-            credits: where the policies' credits come from.
-            settings: of the environments, each (P,).
-            seeds: of everything random in the environments, and of actions: one for all individuals, one for each, or one
-                for each of several groups of equal size, one after the other.
+            credits: source of the policies' credits.
+            settings: settings of the environments, each (P,).
+            seeds: seeds of the environments and actions: one for all individuals, one for each, or one for each of several
+                consecutive groups of equal size.
             lr: step size of each individual (P,), instead of the lifetime's.
         """
         setting, weights, updates = self.setting, start.clone(), self.setting.lifetime.steps
@@ -342,7 +342,7 @@ class Reinforcement:
         return torch.stack(returns), weights
 
     def credits(self, individuals: Tensor) -> Credits:
-        """Those of top-down networks (P, D)."""
+        """Return the credits of top-down networks (P, D)."""
         layers, units, setting = self.network.layers(individuals), self.setting.units, self.setting
 
         def gated(episode: Known) -> tuple[None, Tensor]:
@@ -361,13 +361,13 @@ class Reinforcement:
         return by_action if setting.by_action else gated if setting.gated else ungated
 
     def with_state(self, individual: Tensor) -> "tuple[Reinforcement, Tensor]":
-        """The task whose networks also see the state, and such a network that does what this one (D,) does.
+        """Return the task whose networks also see the state, and such a network equivalent to this one (D,).
 
         Raises:
-            ConfigError: networks see the state already, or are not gated.
+            ConfigError: the networks already see the state, or are not gated.
         """
         if self.setting.state or self.setting.by_action or not self.setting.gated:
-            raise ConfigError("only a gated network for all actions at once that does not see the state can be given it")
+            raise ConfigError("with_state requires a gated network for all actions that does not see the state yet")
         other = Reinforcement(replace(self.setting, state=True))
         (w, b), *rest = self.network.layers(individual[None])
         wide = torch.cat([w, w.new_zeros(1, len(w[0]), other.network.sizes[0] - w.shape[2])], 2)
@@ -375,21 +375,21 @@ class Reinforcement:
         return other, torch.cat(flat)
 
     def drawn(self, seed: int, count: int = 1) -> dict[str, Array]:
-        """Settings of environments (count,), from the ranges."""
+        """Draw settings of environments (count,) from the ranges."""
         generator = np.random.default_rng(seed)
         return {name: generator.uniform(low, high, count) for name, (low, high) in self.setting.ranges.items()}
 
     def end(self, returns: Tensor) -> Tensor:
-        """Mean return (P,) at the end of lifetimes with returns (updates, P)."""
+        """Return the mean return (P,) at the end of lifetimes with returns (updates, P)."""
         return returns[-self.setting.last :].mean(0)
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Mean return over a lifetime's updates, (P,); all of a generation begin alike and meet the same."""
+        """Return the mean return over a lifetime's updates, (P,); a generation shares starts and random numbers."""
         return together([self], individuals[None], generation)[0]
 
 
 def together(tasks: Sequence[Reinforcement], populations: Tensor, generation: int) -> Tensor:
-    """Fitness (S, P) of a population (P, D) for each of S tasks that differ in their seed; one simulation is cheaper."""
+    """Return fitness (S, P) of a population (P, D) for S tasks that differ in their seed; one simulation is cheaper."""
     task, individuals, P = tasks[0], populations.flatten(0, 1), populations.shape[1]
     seeds = [seed_of(draw.setting.seed, generation) for draw in tasks]
     starts = torch.stack([task.policy.start(seed_of(seed, "policy")) for seed in seeds]).to(individuals.dtype)

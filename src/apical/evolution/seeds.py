@@ -1,10 +1,10 @@
-"""Independent seeds from numbers and names: which run, which generation, what for."""
+"""Independent seeds derived from numbers and names, such as run, generation and purpose."""
 
 import hashlib
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed in 0..2^62 that depends on all the parts and their order.
+    """Return a seed in 0..2^62 that depends on all parts and their order.
 
     >>> seed_of(0, "task", 3) == seed_of(0, "task", 3), seed_of(0, "task", 3) == seed_of(3, "task", 0)
     (True, False)

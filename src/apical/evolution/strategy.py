@@ -1,4 +1,4 @@
-"""Evolution strategies, EvoTorch's, behind two functions: ask for a population, tell its fitness.
+"""Evolution strategies of EvoTorch behind an ask-and-tell interface.
 
 The default is PGPE (parameter-exploring policy gradients, Sehnke et al. 2010) with the settings of TDCA's released code:
 mirrored pairs, centred ranks, a standard deviation per parameter with step 0.1, at most 20 % change per generation, decay
@@ -7,8 +7,8 @@ mirrored pairs, centred ranks, a standard deviation per parameter with step 0.1,
     d = sum_k (r_k^+ - r_k^-) eps_k,   v = 0.9 v + 0.1 d,   mu = mu + 0.1 v
 
 which is a sum, so it grows with the population. EvoTorch takes the mean over pairs of half of it, hence the factors below.
-The released code subtracts the centre's own rank where the standard deviations learn; here their mean, which is zero, is
-subtracted, which differs in noise alone.
+To update the standard deviations, the released code subtracts the centre's own rank; here the mean rank, which is zero, is
+subtracted. The two differ only in noise.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class Strategy:
         name: "pgpe", "pgpe-clipup" (the centre is moved by ClipUp, Toklu et al. 2020) or "cem" (cross entropy).
         population: individuals per generation; even, for mirrored pairs.
         sigma: initial standard deviation.
-        step: of the centre ("pgpe": that of the released code; "pgpe-clipup": its largest speed is twice that).
-        decay: the step is multiplied by this after each generation ("cem" has none).
+        step: step size of the centre ("pgpe": as in the released code; "pgpe-clipup": its maximum speed is twice that).
+        decay: factor on the step after each generation ("cem" has no decay).
     """
 
     name: Name = "pgpe"
@@ -59,7 +59,7 @@ SIGMA_DECAY, SIGMA_FLOOR = 0.999, 1e-4
 class Search:
     """A strategy in progress, around a centre (D,).
 
-    Everything random follows from the seed given to :meth:`ask`, so a search continues exactly from :meth:`state`.
+    All randomness derives from the seed passed to :meth:`ask`, so a search resumes exactly from :meth:`state`.
 
     Raises:
         ConfigError: EvoTorch is not installed.
@@ -111,13 +111,13 @@ class Search:
         return sigma
 
     def ask(self, seed: int) -> Tensor:
-        """A population (population, D)."""
+        """Return a population (population, D)."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             return self._ask(self._state, popsize=self.strategy.population)
 
     def tell(self, population: Tensor, fitness: Tensor) -> None:
-        """Move on, given the fitness (population,), the higher the better; what is not finite counts as worst."""
+        """Update the search from the fitness (population,), higher being better; non-finite values count as worst."""
         self._state = self._tell(self._state, population, finite(fitness).to(population.dtype))
         if self.strategy.name != "cem":
             decayed = torch.where(self.sigma > SIGMA_FLOOR, self.sigma * SIGMA_DECAY, self.sigma)
@@ -126,20 +126,20 @@ class Search:
             self._state = self._state._replace(stdev=decayed, optimizer_state=slower)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and numbers that :meth:`restore` takes."""
+        """Return tensors and numbers for :meth:`restore`."""
         return _to_dict(self._state)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state` of a search with the same strategy.
 
         Raises:
-            ValueError: it is of another one, or damaged.
+            ValueError: the state belongs to another strategy, or is damaged.
         """
         self._state = _from_dict(self._state, state)
 
 
 def finite(fitness: Tensor) -> Tensor:
-    """The fitness with everything that is not finite below all that is.
+    """Return the fitness with non-finite values replaced by one below all finite values.
 
     >>> finite(torch.tensor([1.0, float("nan"), 3.0]))
     tensor([1., 0., 3.])
@@ -160,13 +160,13 @@ def _to_dict(state: Any) -> dict[str, Any]:
 def _from_dict(state: Any, saved: Any) -> Any:
     own = _to_dict(state)
     if not isinstance(saved, dict) or saved.keys() != own.keys():
-        raise ValueError("its state is of another strategy")
+        raise ValueError("its state belongs to another strategy")
     changed = {}
     for name, value in saved.items():
         if isinstance(own[name], dict):
             changed[name] = _from_dict(getattr(state, name), value)
             continue
         if not isinstance(value, Tensor) or value.shape != own[name].shape or value.dtype != own[name].dtype:
-            raise ValueError(f"its {name} is of another kind or shape")
+            raise ValueError(f"its {name} has a different type or shape")
         changed[name] = value
     return state._replace(**changed)

@@ -1,4 +1,4 @@
-"""The operations of a function of tensors, recorded once and repeated without the function's Python."""
+"""Record the operations of a function of tensors once and replay them without the function's Python."""
 
 import operator
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_map
 
 
 class _Tape(TorchDispatchMode):
-    """Adds each operation to a graph; `torch.func` transforms are already resolved where it listens."""
+    """Adds each operation to a graph; at this level `torch.func` transforms are already resolved."""
 
     def __init__(self, arguments: tuple[Tensor | None, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.constants = fx.Graph(), nn.Module()
-        self._alive: list[Tensor] = []  # an id names a tensor only while the tensor exists
+        self._alive: list[Tensor] = []  # an id is unique only while the tensor exists
         self._nodes: dict[int, fx.Node] = {}
         for k, argument in enumerate(arguments):
             self._note(argument, self.graph.placeholder(f"argument_{k}"))
@@ -30,7 +30,7 @@ class _Tape(TorchDispatchMode):
                 self._note(part, self.graph.call_function(operator.getitem, (node, k)))
 
     def node(self, value: Any) -> Any:
-        """Where a tensor comes from; one that no operation made is a constant, and other values are themselves."""
+        """Return the node that produced a tensor, or a constant node if none did; return other values unchanged."""
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._nodes:
@@ -41,8 +41,8 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the operations cannot be repeated: they depend on the value of a tensor")
-        if func is torch.ops.aten.lift_fresh.default:  # an alias: what is then done in place would change the constant
+            raise RuntimeError("the operations cannot be replayed: they depend on the value of a tensor")
+        if func is torch.ops.aten.lift_fresh.default:  # an alias: later in-place operations would change the constant
             func = torch.ops.aten.lift_fresh_copy.default
         kwargs = kwargs or {}
         node = self.graph.call_function(func, tree_map(self.node, args), tree_map(self.node, kwargs))
@@ -52,9 +52,9 @@ class _Tape(TorchDispatchMode):
 
 
 def recorded(function: Callable[..., Tensor], arguments: tuple[Tensor | None, ...]) -> Callable[..., Tensor]:
-    """The operations of `function` on tensors like these, as a function of such tensors.
+    """Return the operations of `function` on tensors of these shapes, as a function of such tensors.
 
-    The operations must depend on shapes alone.
+    The operations must depend only on shapes.
 
     Raises:
         RuntimeError: the function reads the value of a tensor.

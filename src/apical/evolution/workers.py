@@ -1,6 +1,6 @@
-"""Who evaluates a population: this process, or a Ray cluster, chunk by chunk and with the same result.
+"""Evaluate a population in this process or on a Ray cluster, in chunks and with the same result.
 
-A chunk is evaluated alone, by whoever takes it, so a result depends on the size of the chunks and on nothing else.
+Each chunk is evaluated independently by any worker, so a result depends only on the chunk size.
 """
 
 import socket
@@ -13,11 +13,11 @@ from torch import Tensor
 from apical.errors import ApicalError, ConfigError
 
 RETRIES = 5
-"""How often a piece of work whose worker was lost is given to another one."""
+"""How often a chunk is retried after its worker was lost."""
 
 
 class Task(Protocol):
-    """What top-down networks are evolved for. It must survive pickling, and hold no state from call to call.
+    """Task that top-down networks are evolved for. It must be picklable and keep no state between calls.
 
     Attributes:
         start: weights (D,) that evolution starts from.
@@ -26,47 +26,47 @@ class Task(Protocol):
     start: Tensor
 
     def fitness(self, individuals: Tensor, generation: int) -> Tensor:
-        """Fitness (P,) of individuals (P, D), higher being better; all randomness follows from the generation."""
+        """Return fitness (P,) of individuals (P, D), higher being better; all randomness derives from the generation."""
         ...
 
 
 class Workers(Protocol):
-    """Evaluates populations, until closed."""
+    """Evaluator of populations, until closed."""
 
     def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
-        """Fitness (P,) of individuals (P, D)."""
+        """Return fitness (P,) of individuals (P, D)."""
         ...
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         ...
 
 
 class Here:
-    """This process, one chunk after the other.
+    """Evaluation in this process, one chunk after the other.
 
     Args:
-        chunk: individuals evaluated at once; memory grows with it, and with nothing else of the population.
+        chunk: individuals evaluated together; memory depends on this, not on the size of the population.
     """
 
     def __init__(self, chunk: int = 64) -> None:
         self.chunk = _checked(chunk)
 
     def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
-        """Fitness (P,) of individuals (P, D)."""
+        """Return fitness (P,) of individuals (P, D)."""
         return torch.cat([task.fitness(part, generation) for part in individuals.split(self.chunk)])
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: there are no workers to release."""
 
 
 class RayWorkers:
-    """A Ray cluster: chunks are sent to whatever worker is free, and sent again when a worker or its machine is lost.
+    """A Ray cluster: chunks are sent to any free worker, and sent again if a worker or its machine is lost.
 
     Args:
         address: "local" starts Ray on this machine; otherwise the address of a running cluster (`ray start --head`).
-        count: workers on this machine, for "local"; None takes one per core.
-        chunk: individuals per piece of work.
+        count: workers on this machine, for "local"; None means one per core.
+        chunk: individuals per chunk.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers at the address.
@@ -75,12 +75,12 @@ class RayWorkers:
     def __init__(self, address: str = "local", count: int | None = None, chunk: int = 64) -> None:
         self.chunk = _checked(chunk)
         self._ray, self._started = connected(address, count)
-        # The chunk of a worker that is lost is evaluated again; an error of the task's own is not repeated.
+        # The chunk of a lost worker is evaluated again; an error in the task itself is not retried.
         self._remote = self._ray.remote(num_cpus=1, max_retries=RETRIES)(_evaluate)
         self._sent: tuple[Task, Any] | None = None
 
     def evaluate(self, task: Task, individuals: Tensor, generation: int) -> Tensor:
-        """Fitness (P,) of individuals (P, D)."""
+        """Return fitness (P,) of individuals (P, D)."""
         if self._sent is None or self._sent[0] is not task:
             self._sent = (task, self._ray.put(task))
         held, dtype = self._sent[1], torch.get_default_dtype()
@@ -93,7 +93,7 @@ class RayWorkers:
             raise lost(error) from None
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster; shut it down if it was started here."""
         if self._started and self._ray.is_initialized():
             self._ray.shutdown()
 
@@ -105,20 +105,20 @@ class RayWorkers:
 
 
 def lost(error: Exception) -> ApicalError:
-    """Ray's error for work whose workers were lost again and again, in one line."""
+    """Return a one-line error for work whose workers were lost repeatedly."""
     what = str(error).strip().partition("\n")[0].rstrip(".")
     return ApicalError(
-        f"Ray lost the workers of one task {RETRIES + 1} times, possibly out of memory, or because its code ends them "
+        f"Ray lost the workers of one task {RETRIES + 1} times, possibly out of memory, or because its code terminates them "
         f"({type(error).__name__}: {what[:120]}); continue with --resume"
     )
 
 
 def connected(address: str, count: int | None) -> tuple[Any, bool]:
-    """Ray, and whether it was started or joined here: then whoever asked for it shuts it down.
+    """Return Ray and whether it was started or joined here; if so, the caller must shut it down.
 
     Args:
         address: "local" starts Ray on this machine; otherwise the address of a running cluster (`ray start --head`).
-        count: cores to use on this machine, for "local"; None takes all.
+        count: cores to use on this machine, for "local"; None means all.
 
     Raises:
         ConfigError: Ray is not installed, or no cluster answers at the address.
@@ -143,7 +143,7 @@ def connected(address: str, count: int | None) -> tuple[Any, bool]:
 
 
 def _knock(address: str, seconds: float = 5.0) -> None:
-    """Fail soon where nobody listens at host:port: Ray itself would try for minutes."""
+    """Fail quickly if nothing listens at host:port; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and port.isdigit()):
         return
@@ -162,5 +162,5 @@ def _evaluate(task: Task, individuals: Tensor, generation: int, dtype: torch.dty
 
 def _checked(chunk: int) -> int:
     if chunk < 1:
-        raise ConfigError(f"a chunk has at least one individual; got {chunk}")
+        raise ConfigError(f"a chunk needs at least one individual; got {chunk}")
     return chunk

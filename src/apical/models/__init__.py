@@ -1,4 +1,4 @@
-"""Plain `nn.Module`s of the papers, mostly Xavier-initialised, every activation a module of its own."""
+"""Models of the papers as plain `nn.Module`s, mostly Xavier-initialised; every activation is a separate module."""
 
 from apical.core.spike_times import FirstSpike, Readout, SpikingLinear
 from apical.models.catalogue import build, names

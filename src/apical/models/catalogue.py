@@ -1,4 +1,4 @@
-"""Models by name, sized to a data set: the names that recipes and the command line use."""
+"""Build models by name, sized to a data set; recipes and the command line use these names."""
 
 import math
 import re
@@ -117,22 +117,22 @@ _ROWS: dict[str, Callable[[tuple[int, int, int], list[int], int], nn.Module]] = 
 
 
 def names() -> list[str]:
-    """Names that :func:`build` knows; `mlp-<widths>` stands for mlp-512-512 or mlp-128x30."""
+    """Return the names that :func:`build` accepts; `mlp-<widths>` matches names such as mlp-512-512 or mlp-128x30."""
     sequences = ("gpt-<blocks>x<width>", "lstm-<width>", "gru-<width>", "rnn-<width>")
     return [*(f"{kind}-<widths>" for kind in (*_PERCEPTRONS, *_ROWS)), *_CONVNETS, *sequences]
 
 
 def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Model `name` for samples of `input_shape`, with Xavier weights drawn from the global torch RNG.
+    """Build the model `name` for samples of `input_shape`, with Xavier weights drawn from the global torch RNG.
 
     Args:
-        name: one of :func:`names`, with the hidden widths filled in where it has them; or the user's own class or function
-            that makes a module, "path/to/file.py:NAME" or "module:NAME" (:mod:`apical.models.own`); it draws the weights.
+        name: one of :func:`names`, with any hidden widths filled in; or the user's own class or function that returns a
+            module, "path/to/file.py:NAME" or "module:NAME" (:mod:`apical.models.own`), which then draws the weights.
         input_shape: shape of one sample, such as (1, 28, 28).
-        num_classes: number of logits, or of outputs where the targets are numbers.
+        num_classes: number of logits, or number of outputs for numeric targets.
 
     Returns:
-        A module mapping (N, *input_shape) to (N, num_classes); those of tokens (N, T) to (N, T, num_classes).
+        A module mapping (N, *input_shape) to (N, num_classes), or tokens (N, T) to (N, T, num_classes).
 
     Raises:
         ConfigError: the name is unknown, or samples of this shape do not fit the model.
@@ -159,25 +159,25 @@ def build(name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Modul
     for kind in sorted((*_PERCEPTRONS, *_ROWS), key=len, reverse=True):
         if name == kind or name.startswith(f"{kind}-"):
             raise ConfigError(
-                f"model {name!r} does not name its hidden widths; write for example {_EXAMPLES.get(kind, kind + '-512')}"
+                f"model {name!r} does not give its hidden widths; write for example {_EXAMPLES.get(kind, kind + '-512')}"
             )
     for kind, example in (("gpt", "gpt-2x96"), ("lstm", "lstm-128"), ("gru", "gru-96"), ("rnn", "rnn-96")):
         if name == kind or name.startswith(f"{kind}-"):
-            raise ConfigError(f"model {name!r} does not name its size; write for example {example}")
+            raise ConfigError(f"model {name!r} does not give its size; write for example {example}")
     if name not in _CONVNETS:
         raise ConfigError(f"{unknown_name('model', name, names())}; or your own: FILE.py:CLASS_OR_FUNCTION")
     return _CONVNETS[name](name, input_shape, num_classes)
 
 
 def _tokens(name: str, shape: tuple[int, ...]) -> int:
-    """The T of samples (T,), or an error if they are no sequences."""
+    """Return T for samples of shape (T,); raise `ConfigError` for any other shape."""
     if len(shape) != 1:
         raise ConfigError(f"model {name!r} needs sequences of tokens (T,); got samples of shape {shape}")
     return shape[0]
 
 
 def _repeated(part: str) -> list[int]:
-    """Widths that one part of a name stands for.
+    """Return the widths encoded by one part of a name.
 
     >>> _repeated("128x3"), _repeated("10")
     ([128, 128, 128], [10])
@@ -187,7 +187,7 @@ def _repeated(part: str) -> list[int]:
 
 
 def _image(name: str, shape: tuple[int, ...], smallest: int = 1) -> tuple[int, int, int]:
-    """The (channels, height, width) of `shape`, or an error if it is no image of at least `smallest` pixels a side."""
+    """Return `shape` as (channels, height, width); raise unless it is an image of at least `smallest` pixels a side."""
     if len(shape) != 3:
         raise ConfigError(f"model {name!r} needs images (channels, height, width); got samples of shape {shape}")
     channels, height, width = shape

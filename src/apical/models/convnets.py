@@ -1,8 +1,8 @@
 """Convolutional networks of counter-current learning (arXiv 2409.19841) and its backpropagation baselines, and of
 equilibrium propagation (arXiv 2006.03824, 2209.00530).
 
-Each is a plain row of layers; the widths are the channels after each convolution. All kernels are 3x3 with one pixel of
-padding, initial weights are PyTorch's own unless said otherwise.
+Each is a plain sequence of layers; the widths are the channels after each convolution. All kernels are 3x3 with one pixel of
+padding. Weights keep PyTorch's default initialisation unless stated otherwise.
 """
 
 import math
@@ -15,17 +15,17 @@ from torch import nn
 from apical.errors import ConfigError
 
 SMALL = 1e-3
-"""Factor on the orthogonal weights of an autoencoder's decoder."""
+"""Scale of the orthogonal decoder weights of an autoencoder."""
 
 
 def cnn_elu(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int, norm: bool = False) -> nn.Sequential:
-    """Convolution without bias, ELU and 2x2 max-pooling per width, then a linear read-out: (N, *shape) -> (N, num_classes).
+    """Per width a convolution without bias, ELU and 2x2 max pooling, then a linear readout: (N, *shape) -> (N, num_classes).
 
     Args:
-        norm: BatchNorm before each convolution, as the paper's backpropagation baseline has it.
+        norm: add BatchNorm before each convolution, as in the paper's backpropagation baseline.
 
     Raises:
-        ConfigError: the images are too small for so many poolings.
+        ConfigError: the images are too small for that many pooling layers.
     """
     channels, *side = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -42,10 +42,10 @@ def cnn_elu(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int
 
 
 def cnn_stride(shape: tuple[int, int, int], widths: Sequence[int], num_classes: int) -> nn.Sequential:
-    """Convolution of stride 2 with a bias, zero at first, and ELU per width, then a linear read-out without bias.
+    """Per width a stride-2 convolution with zero-initialised bias and ELU, then a linear readout without bias.
 
     Raises:
-        ConfigError: the images are too small for so many strides.
+        ConfigError: the images are too small for that many strides.
     """
     channels, *side = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -65,13 +65,13 @@ def cnn_pooled(
     pool: Callable[[], nn.Module],
     activation: Callable[[], nn.Module],
 ) -> nn.Sequential:
-    """Convolution, pooling and activation per width, then a linear read-out; the last convolution does not pad.
+    """Per width a convolution, pooling and an activation, then a linear readout; the last convolution is not padded.
 
     Args:
-        pool: halves the sides; it stands before the activation, so that an equilibrium network pools potentials.
+        pool: halves height and width. It comes before the activation, so that an equilibrium network pools potentials.
 
     Raises:
-        ConfigError: the images are too small for so many poolings.
+        ConfigError: the images are too small for that many pooling layers.
     """
     channels, *side = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -87,17 +87,17 @@ def cnn_pooled(
 
 
 def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs: int) -> nn.Sequential:
-    """Strided encoder and upsampling decoder with BatchNorm and ReLU: (N, *shape) -> (N, outputs), the flat image again.
+    """Strided encoder and upsampling decoder with BatchNorm and ReLU: (N, *shape) -> (N, outputs), the flattened image.
 
-    The last of `widths` is the code's channels; the decoder takes them back. Weights are orthogonal, those of the decoder a
-    thousand times smaller, those that make the image zero; biases are zero.
+    The last of `widths` is the number of channels of the code; the decoder mirrors the encoder. Weights are orthogonal, a
+    thousand times smaller in the decoder, and zero in the layer that produces the image; biases are zero.
 
     Raises:
-        ConfigError: `outputs` is not the image's size, or the images are too small for so many strides.
+        ConfigError: `outputs` is not the image's size, or the images are too small for that many strides.
     """
     channels, *side = shape
     if outputs != math.prod(shape):
-        raise ConfigError(f"an autoencoder makes its own images: {math.prod(shape)} outputs, not {outputs}")
+        raise ConfigError(f"an autoencoder reconstructs its input and needs {math.prod(shape)} outputs; got {outputs}")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     stages = [(channels, side)]
     for depth, width in enumerate(widths, start=1):
@@ -119,7 +119,7 @@ def conv_autoencoder(shape: tuple[int, int, int], widths: Sequence[int], outputs
 
 
 def _read_out(layers: OrderedDict[str, nn.Module], features: int, num_classes: int, bias: bool = True) -> nn.Sequential:
-    """The layers with a linear read-out behind them."""
+    """Return the layers followed by a linear readout."""
     layers |= {"flatten": nn.Flatten(), "linear": nn.Linear(features, num_classes, bias=bias)}
     return nn.Sequential(layers)
 
@@ -139,4 +139,4 @@ def _orthogonal(layer: nn.Conv2d, factor: float) -> nn.Conv2d:
 
 def _too_small(shape: tuple[int, ...], widths: Sequence[int]) -> ConfigError:
     size = "x".join(map(str, shape[1:]))
-    return ConfigError(f"images of {size} pixels are too small to be halved {len(widths)} times; name fewer widths")
+    return ConfigError(f"images of {size} pixels are too small to be halved {len(widths)} times; give fewer widths")

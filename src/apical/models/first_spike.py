@@ -1,4 +1,4 @@
-"""Networks of neurons that fire once, trained by the times at which they do."""
+"""Networks of neurons that fire at most once, trained through their spike times."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from apical.core.spike_times import FirstSpike, Readout, SpikingLinear
 from apical.errors import ConfigError
 
 ACTIVE = 0.2
-"""Share of the inputs that fire, about: what first weights are made for; of images, ink."""
+"""Approximate share of inputs that fire, for which the initial weights are scaled; in images, the share of ink."""
 
 
 class FirstSpikeNetwork(nn.Sequential):
-    """Times of the input, layers of spike times, scores of classes; see :func:`first_spike`."""
+    """Input spike times, layers of spike times, class scores; see :func:`first_spike`."""
 
     @torch.no_grad()
     def times(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Spike times (batch, n) by layer, infinite for silent neurons."""
+        """Return spike times (batch, n) by layer, infinite for silent neurons."""
         layers = {}
         for name, module in self.named_children():
             inputs = module(inputs)
@@ -29,16 +29,16 @@ class FirstSpikeNetwork(nn.Sequential):
         return layers
 
     def silent(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Share of the samples for which each neuron is silent (n,), by layer."""
+        """Return the share of samples for which each neuron is silent (n,), by layer."""
         return {name: times.isinf().to(times.dtype).mean(0) for name, times in self.times(inputs).items()}
 
     def measures(self, inputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-        """By layer, the share of neurons that are silent, and of those that are silent for every sample."""
+        """Return, by layer, the mean share of silent neurons and the share of neurons silent for every sample."""
         shares = self.silent(inputs).items()
         return {name: {"silent": float(s.mean()), "dead": float((s == 1).to(s.dtype).mean())} for name, s in shares}
 
     def panels(self, inputs: Tensor, targets: Tensor) -> list[Panel]:
-        """Spike times by layer, and when the output neuron of the right class fires, by class."""
+        """Return plots of spike times by layer, and of the spike time of the correct output neuron by class."""
         times = self.times(inputs)
         last = list(times.values())[-1]
         right = last.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -55,7 +55,7 @@ class FirstSpikeNetwork(nn.Sequential):
 
 
 def first_spike(in_features: int, widths: Sequence[int], out_features: int) -> FirstSpikeNetwork:
-    """Layers of neurons that fire once: (N, ...) with `in_features` entries between 0 and 1 -> (N, out_features).
+    """Build layers of neurons that fire at most once: (N, ...) with `in_features` entries in [0, 1] -> (N, out_features).
 
     Raises:
         ConfigError: a size is not positive.

@@ -1,12 +1,12 @@
-"""Networks with learned connectivity: nodes over a complete directed acyclic graph, whose edges are parameters.
+"""Networks with learned connectivity: nodes of a complete directed acyclic graph whose edges are parameters.
 
     u_i = sum_{j<i} alpha_ij x_j,   x_i = f_i(u_i),   x_0: the input;   loss + gamma sum |alpha_ij|
 
 With e_i = dL/du_i the gradient of an edge is `sum over the batch <e_i, x_j>`, the error at the receiver times the activity
-of the sender: local, whatever rule delivers e_i. The container is that of TopoNet (Yuan et al., arXiv 2008.08261), whose
-body could not be read: edges are raw numbers here, nodes are ReLU and then Linear. Under rules that hand errors to
-activations, errors then reach edges without passing a weight. Edges for each input, by attention, follow Yuan et al. (arXiv
-2010.01097).
+of the sender. It is local, whatever rule computes e_i. The architecture is that of TopoNet (Yuan et al., arXiv 2008.08261),
+of which only the abstract was available: here edges are plain numbers and a node is ReLU followed by Linear. Under rules
+that send errors to activations, errors then reach edges without passing through a weight. Input-dependent edges, by
+attention, follow Yuan et al. (arXiv 2010.01097).
 """
 
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ from apical.models.mlp import one_width
 Wiring = Literal["complete", "chain", "residual"]
 Edges = Literal["learned", "fixed", "attention"]
 EDGES = "Edges, from the node below to the node at the left"
-"""Title of their picture."""
+"""Title of the plot of the edges."""
 
 
 class Mix(nn.Module):
     """What a node receives: `u_i = sum_j alpha_j x_j`, all x_j of one shape.
 
     Args:
-        senders: indices of the nodes that it hears, rising.
-        learned: whether the edges are parameters; else they are a buffer.
+        senders: indices of the nodes that it receives input from, in ascending order.
+        learned: whether the edges are parameters; otherwise they are a buffer.
     """
 
     alpha: Tensor
@@ -46,18 +46,18 @@ class Mix(nn.Module):
             self.register_buffer("alpha", alpha)
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Of all states so far."""
+        """Return the weighted sum over the senders, given all states so far."""
         return sum_of([self.alpha[k] * states[j] for k, j in enumerate(self.senders)])
 
 
 class Attention(nn.Module):
-    """A mix whose edges depend on the input: `alpha(x_0) = softmax(R x_0 + r)`, so each input has its own wiring.
+    """A mix whose edges depend on the input: `alpha(x_0) = softmax(R x_0 + r)`, so each input has its own connectivity.
 
-    No error goes back through the router R to x_0; R itself learns by the exact error of the edges.
+    No error is propagated through the router R to x_0; R itself is trained with the exact error of the edges.
 
     Args:
         senders: as in :class:`Mix`.
-        features: of x_0.
+        features: number of features of x_0.
     """
 
     def __init__(self, senders: Sequence[int], features: int) -> None:
@@ -66,12 +66,12 @@ class Attention(nn.Module):
         self.router = nn.Linear(features, len(self.senders))
 
     def weights(self, first: Tensor) -> Tensor:
-        """alpha for each sample: (batch, senders)."""
+        """Return alpha for each sample: (batch, senders)."""
         result: Tensor = self.router(first.detach()).softmax(-1)
         return result
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Of all states so far, each (batch, features)."""
+        """Return the weighted sum over the senders, given all states so far, each (batch, features)."""
         alpha = self.weights(states[0])
         return sum_of([alpha[:, k, None] * states[j] for k, j in enumerate(self.senders)])
 
@@ -80,7 +80,7 @@ register_local(Mix)
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of one tensor or more."""
+    """Return the sum of one or more tensors."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -88,18 +88,18 @@ def sum_of(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Graph(nn.Module):
-    """Nodes over a directed acyclic graph in a fixed order; node 0 hands out the input, the last one's input is the output.
+    """Nodes of a directed acyclic graph in a fixed order; node 0 is the input, and the input of the last node is the output.
 
     Args:
-        nodes: f_1, ..., f_{n-1}; all map one shape to itself.
-        wiring: "complete", "chain" (each node hears the one before), "residual" (the two before), or the share of the
-            earlier nodes that a node hears besides the one before, drawn from the global torch RNG.
-        edges: "learned": numbers alpha_ij, at first `1/(incoming edges)`; "fixed": the same, and they stay; "attention":
-            from the input.
-        features: of x_0, which attention needs.
+        nodes: f_1, ..., f_{n-1}; all preserve the same shape.
+        wiring: "complete", "chain" (each node receives the previous one), "residual" (the previous two), or the share of
+            earlier nodes that a node receives in addition to the previous one, drawn from the global torch RNG.
+        edges: "learned": numbers alpha_ij, initialised to `1/(incoming edges)`; "fixed": the same numbers, not trained;
+            "attention": computed from the input.
+        features: number of features of x_0; required for "attention".
 
     Raises:
-        ConfigError: the wiring or the kind of edges is unknown, or attention has no features.
+        ConfigError: the wiring or the kind of edges is unknown, or `features` is missing for attention.
 
     >>> model = Graph([nn.Sequential(nn.ReLU(), nn.Linear(4, 4)) for _ in range(3)])
     >>> model.adjacency().shape, model(torch.randn(2, 4)).shape
@@ -124,7 +124,7 @@ class Graph(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """u_n, of x's shape."""
+        """Return u_n, of the same shape as x."""
         states = [x]
         for mix, node in zip(self.mixes, self.nodes, strict=False):
             states.append(node(mix(states)))
@@ -132,19 +132,19 @@ class Graph(nn.Module):
         return result
 
     def adjacency(self, inputs: Tensor | None = None) -> Tensor:
-        """alpha as a strictly lower triangular matrix (n + 1, n + 1): row i hears column j.
+        """Return alpha as a strictly lower triangular matrix (n + 1, n + 1): row i receives from column j.
 
         Args:
-            inputs: x_0 (batch, features), over which the edges of attention are averaged.
+            inputs: x_0 (batch, features), over which attention edges are averaged.
 
         Raises:
-            ConfigError: attention has no edges without inputs.
+            ConfigError: edges are by attention and `inputs` is missing.
         """
         matrix = torch.zeros(len(self.mixes) + 1, len(self.mixes) + 1)
         for i, mix in enumerate(self.mixes, start=1):
             if isinstance(mix, Attention):
                 if inputs is None:
-                    raise ConfigError("the edges of attention depend on the input: give adjacency the inputs")
+                    raise ConfigError("attention edges depend on the input: pass inputs to adjacency")
                 matrix[i, list(mix.senders)] = mix.weights(inputs).detach().mean(0).to(matrix)
             elif isinstance(mix, Mix):
                 matrix[i, list(mix.senders)] = mix.alpha.detach().to(matrix)
@@ -152,14 +152,14 @@ class Graph(nn.Module):
 
     @torch.no_grad()
     def matrices(self, inputs: Tensor) -> dict[str, Tensor]:
-        """What a report draws of the model before, during and after training: the edges."""
+        """Return the edges, which a report plots before, during and after training."""
         return {EDGES: self.adjacency(inputs)}
 
     @torch.no_grad()
     def shrink_(self, amount: float) -> None:
-        """The proximal step of `amount = lr gamma` for the L1 term: edges move to zero, and those that reach it stay there.
+        """Take a proximal step of `amount = lr gamma` for the L1 term: edges shrink towards zero and are clipped at it.
 
-        To be called after `optimizer.step()`; learned edges only.
+        Call it after `optimizer.step()`. It affects learned edges only.
         """
         for mix in self.mixes:
             if isinstance(mix, Mix) and isinstance(mix.alpha, nn.Parameter):
@@ -167,7 +167,7 @@ class Graph(nn.Module):
 
     @torch.no_grad()
     def prune_(self, threshold: float = 1e-2) -> int:
-        """Set learned edges below the threshold to zero; returns how many of all edges are zero now."""
+        """Set learned edges below the threshold to zero; return how many of all edges are then zero."""
         zeros = 0
         for mix in self.mixes:
             if isinstance(mix, Mix):
@@ -177,7 +177,7 @@ class Graph(nn.Module):
 
 
 class GraphClassifier(nn.Module):
-    """`head(relu(graph(stem(x))))`: a graph of dense nodes between a Linear from the input and a Linear read-out."""
+    """`head(relu(graph(stem(x))))`: a graph of dense nodes between a Linear input layer and a Linear readout."""
 
     def __init__(self, in_features: int, width: int, nodes: int, outputs: int, wiring: Wiring | float, edges: Edges) -> None:
         super().__init__()
@@ -188,23 +188,23 @@ class GraphClassifier(nn.Module):
         xavier_(self)
         for mix in self.graph.mixes:
             if isinstance(mix, Attention):
-                nn.init.zeros_(mix.router.weight)  # at first all edges are alike
+                nn.init.zeros_(mix.router.weight)  # all edges start equal
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (N, outputs)."""
+        """Map (N, ...) to (N, outputs)."""
         result: Tensor = self.head(self.relu(self.graph(self.stem(self.flatten(x)))))
         return result
 
     @torch.no_grad()
     def matrices(self, inputs: Tensor) -> dict[str, Tensor]:
-        """What a report draws of the model before, during and after training: the edges."""
+        """Return the edges, which a report plots before, during and after training."""
         return self.graph.matrices(self.stem(self.flatten(inputs)))
 
 
 def graph(
     in_features: int, widths: Sequence[int], out_features: int, wiring: Wiring | float = "complete", edges: Edges = "learned"
 ) -> GraphClassifier:
-    """A classifier with learned connectivity: a node for each of `widths`, which must be equal.
+    """Build a classifier with learned connectivity: one node for each of `widths`, which must be equal.
 
     Raises:
         ConfigError: a size is not positive, or the widths differ.
@@ -217,7 +217,7 @@ def graph(
 
 
 def _senders(i: int, wiring: Wiring | float) -> list[int]:
-    """The earlier nodes that node i hears."""
+    """Return the earlier nodes that node i receives input from."""
     if wiring == "complete":
         return list(range(i))
     if wiring == "chain":

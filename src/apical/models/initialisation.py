@@ -1,10 +1,9 @@
-"""Initial weights: Xavier's, and three that carry signals and errors through many layers.
+"""Initialisers: Xavier, and three that preserve signals and errors through many layers.
 
-Xavier weights have variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010), uniform or normal, and zero biases; they are
-those of the feedback-alignment papers. Orthogonal weights, weights at the edge of chaos, and weights with which a ReLU
-network is linear at first keep the length of errors, exactly or on average; the information that a network carries is
-largest there (Weng et al., arXiv 2212.01744; Tanner & Ughi, arXiv 2102.04374). BatchNorm keeps PyTorch's default (scale 1,
-shift 0).
+Xavier weights have variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010), uniform or normal, with zero biases; the
+feedback-alignment papers use them. Orthogonal weights, weights at the edge of chaos, and weights that make a ReLU network
+linear at initialisation preserve the norm of errors, exactly or on average; the information carried by a network is largest
+there (Weng et al., arXiv 2212.01744; Tanner & Ughi, arXiv 2102.04374). BatchNorm keeps PyTorch's default (scale 1, shift 0).
 """
 
 import math
@@ -20,19 +19,19 @@ from apical.errors import UnsupportedModelError
 
 
 def xavier_(model: nn.Module) -> nn.Module:
-    """Redraw every Linear and Conv2d of `model` in place, uniformly, from the global torch RNG; returns `model`."""
+    """Redraw every Linear and Conv2d of `model` in place, uniformly, from the global torch RNG; return `model`."""
     return _redrawn(model, nn.init.xavier_uniform_)
 
 
 def xavier_normal_(model: nn.Module, gain: float = 1.0) -> nn.Module:
-    """The same with normal weights, `gain` times as large; the initialisation of the feedback-control papers."""
+    """Do the same with normal weights, scaled by `gain`; the initialisation of the feedback-control papers."""
     return _redrawn(model, lambda weight: nn.init.xavier_normal_(weight, gain))
 
 
 def orthogonal_(model: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Redraw every weight as `gain` times a matrix with orthonormal rows or columns, and zero the biases; returns `model`.
+    """Redraw every weight as `gain` times a matrix with orthonormal rows or columns, zero the biases and return `model`.
 
-    A linear network of equal widths has only singular values of `gain^depth` then (Saxe et al., arXiv 1312.6120).
+    All singular values of a linear network of equal widths are then `gain^depth` (Saxe et al., arXiv 1312.6120).
 
     >>> weight = orthogonal_(nn.Linear(3, 3)).weight
     >>> torch.allclose(weight @ weight.T, torch.eye(3), atol=1e-6)
@@ -42,14 +41,14 @@ def orthogonal_(model: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 def critical_(model: nn.Module, bias_std: float = 0.05) -> nn.Module:
-    """Redraw weights and biases at the edge of chaos of the model's activation, where errors keep their length; returns it.
+    """Redraw weights and biases at the activation's edge of chaos, where errors keep their norm; return `model`.
 
-    Weights are normal with variance `s_w^2 / fan_in` such that chi = 1 (:func:`apical.core.mean_field.critical`), biases
-    normal with `bias_std`, or zero where the activation is piecewise linear through zero.
+    Weights are normal with variance `s_w^2 / fan_in` such that chi = 1 (:func:`apical.core.mean_field.critical`). Biases are
+    normal with `bias_std`, or zero if the activation is piecewise linear through zero.
 
     Raises:
         UnsupportedModelError: the model has no activation module, or several kinds, or one that is not element-wise.
-        ConfigError: no scale of the weights does it.
+        ConfigError: no scale of the weights gives chi = 1.
 
     >>> _ = critical_(nn.Sequential(nn.Linear(2, 500), nn.ReLU(), nn.Linear(500, 500)))
     """
@@ -62,10 +61,10 @@ def critical_(model: nn.Module, bias_std: float = 0.05) -> nn.Module:
 
 
 def looks_linear_(model: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Redraw the weights of a ReLU network such that it is linear at first, with orthogonal layers; returns `model`.
+    """Redraw the weights of a ReLU network so that it starts linear, with orthogonal layers; return `model`.
 
-    Units come in pairs of opposite sign: the weights are `[[H, -H], [-H, H]]`, the first layer has `[[H], [-H]]` and the
-    last one `[H, -H]`, with H orthogonal, so that the network is `H_L ... H_1` (Balduzzi et al., arXiv 1702.08591).
+    Units come in pairs of opposite sign: the weights are `[[H, -H], [-H, H]]`, in the first layer `[[H], [-H]]` and in the
+    last `[H, -H]`, with H orthogonal, so that the network computes `H_L ... H_1` (Balduzzi et al., arXiv 1702.08591).
 
     Raises:
         UnsupportedModelError: a hidden layer has an odd number of units, or an activation is not ReLU.
@@ -81,7 +80,7 @@ def looks_linear_(model: nn.Module, gain: float = 1.0) -> nn.Module:
     for name, layer in list(layers.items())[:-1]:
         if layer.weight.shape[0] % 2:
             raise UnsupportedModelError(
-                f"looks_linear_ pairs units, and layer {name!r} has {layer.weight.shape[0]}; give it an even number"
+                f"looks_linear_ pairs units, but layer {name!r} has {layer.weight.shape[0]}; give it an even number"
             )
     last = len(layers) - 1
     for place, (name, layer) in enumerate(layers.items()):
@@ -90,7 +89,7 @@ def looks_linear_(model: nn.Module, gain: float = 1.0) -> nn.Module:
             rows = weight.shape[0] // (2 if place < last else 1)
             if place and weight.shape[1] % 2:
                 raise UnsupportedModelError(
-                    f"looks_linear_ pairs units, and layer {name!r} reads {weight.shape[1]}, an odd number"
+                    f"looks_linear_ pairs units, but layer {name!r} has {weight.shape[1]} inputs, an odd number"
                 )
             columns = weight.shape[1] // (2 if place else 1)
             h = nn.init.orthogonal_(weight.new_empty(rows, columns, *weight.shape[2:]), gain)
@@ -118,10 +117,10 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def _activation(model: nn.Module) -> nn.Module:
-    """The one kind of activation that a model has.
+    """Return the model's activation, of which there must be exactly one kind.
 
     Raises:
-        UnsupportedModelError: it has none, several, or one that mixes units; names them.
+        UnsupportedModelError: the model has no activation module, several kinds, or one that mixes units; names them.
     """
     kinds: dict[str, tuple[str, nn.Module]] = {
         repr(module): (name, module) for name, module in model.named_modules() if is_activation(module)
@@ -143,4 +142,4 @@ INITIALISERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "critical": critical_,
     "looks-linear": looks_linear_,
 }
-"""Initialisers by the names that recipes use."""
+"""Initialisers by the name used in recipes."""

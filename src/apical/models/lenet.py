@@ -1,8 +1,8 @@
-"""Small convolutional nets without normalisation.
+"""Small convolutional networks without normalisation.
 
-`LeNet` has the layer sizes of LeNet-5 (LeCun et al. 1998) with ReLU and max pooling in place of the sigmoid and the
-trainable subsampling, as the feedback-alignment literature uses it. `LeNetCIFAR` is the three-convolution net on
-which this project compares the speed of rules.
+`LeNet` has the layer sizes of LeNet-5 (LeCun et al. 1998) with ReLU and max pooling in place of sigmoid and
+trainable subsampling, as used in the feedback-alignment literature. `LeNetCIFAR` is the network with three
+convolutions on which this project compares the speed of rules.
 """
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from apical.models.initialisation import xavier_
 
 
 class LeNet(nn.Module):
-    """LeNet-5-like net: (N, channels, size, size) -> (N, num_classes).
+    """LeNet-5-like network: (N, channels, size, size) -> (N, num_classes).
 
     Two 5x5 convolutions (6 and 16 channels), each with ReLU and 2x2 max pooling, then 400-120-84-`num_classes`.
     28x28 images are zero-padded by two pixels in the first convolution, so both sizes have the same parameters.
@@ -40,7 +40,7 @@ class LeNet(nn.Module):
         xavier_(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch: (N, channels, size, size) -> (N, num_classes)."""
+        """Return the logits of a batch: (N, channels, size, size) -> (N, num_classes)."""
         maps = self.pool1(self.relu1(self.conv1(images)))
         maps = self.pool2(self.relu2(self.conv2(maps)))
         hidden = self.relu3(self.linear1(self.flatten(maps)))
@@ -75,7 +75,7 @@ class LeNetCIFAR(nn.Module):
         xavier_(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
+        """Return the logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
         maps = self.pool1(self.relu1(self.conv1(images)))
         maps = self.pool2(self.relu2(self.conv2(maps)))
         maps = self.pool3(self.relu3(self.conv3(maps)))

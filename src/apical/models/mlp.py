@@ -1,4 +1,4 @@
-"""Multilayer perceptrons: Flatten, then Linear and an activation per hidden layer, then a Linear read-out."""
+"""Multilayer perceptrons: Flatten, then Linear and an activation per hidden layer, then a Linear readout."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from apical.models.initialisation import xavier_, xavier_normal_
 def mlp(
     in_features: int, widths: Sequence[int], out_features: int, activation: Callable[[], nn.Module] = nn.ReLU
 ) -> nn.Sequential:
-    """Perceptron with hidden layers of the given widths: (N, ...) with `in_features` entries -> (N, out_features).
+    """Build a perceptron with hidden layers of the given widths: (N, ...) with `in_features` entries -> (N, out_features).
 
     Its modules are named flatten, linear1, relu1, linear2, ... An empty `widths` gives a linear classifier.
 
     Args:
-        activation: makes the module behind each hidden layer, which is named after its class: nn.Tanh gives tanh1, tanh2.
+        activation: returns the module after each hidden layer, which is named after its class: nn.Tanh gives tanh1, tanh2.
 
     Raises:
         ConfigError: a size is not positive.
@@ -35,7 +35,7 @@ def mlp(
 
 
 def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Tanh perceptron of the feedback-control papers (arXiv 2106.07887): Xavier-normal weights, zero biases.
+    """Build the tanh perceptron of the feedback-control papers (arXiv 2106.07887): Xavier-normal weights, zero biases.
 
     Raises:
         ConfigError: a size is not positive.
@@ -46,9 +46,10 @@ def mlp_tanh(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
 
 
 def mlp_sigmoid(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Perceptron of holomorphic equilibrium propagation (arXiv 2209.00530): `sigma(4 v - 2)` behind hidden layers.
+    """Build the perceptron of holomorphic equilibrium propagation (arXiv 2209.00530): `sigma(4 v - 2)` after hidden layers.
 
-    Initial weights are PyTorch's own, smaller than Xavier's: whether states that talk both ways settle depends on them.
+    Weights keep PyTorch's default initialisation, which is smaller than Xavier's: whether bidirectionally coupled states
+    settle depends on it.
 
     Raises:
         ConfigError: a size is not positive.
@@ -62,9 +63,9 @@ def mlp_sigmoid(in_features: int, widths: Sequence[int], out_features: int) -> n
 
 
 def mlp_clip(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Perceptron of the first equilibrium propagation: `clip(v, 0, 1)` behind every layer, the last one too.
+    """Build the perceptron of the original equilibrium propagation: `clip(v, 0, 1)` after every layer, including the last.
 
-    Weights are Glorot-uniform, biases zero; trained with the squared error of one-hot targets.
+    Weights are Glorot-uniform and biases zero. It is trained with the squared error to one-hot targets.
 
     Raises:
         ConfigError: a size is not positive.
@@ -85,7 +86,7 @@ def mlp_clip(in_features: int, widths: Sequence[int], out_features: int) -> nn.S
 
 
 def mlp_box(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """:func:`mlp_clip` without biases: the perceptron of CorInfoMax (arXiv 2306.04810).
+    """Build :func:`mlp_clip` without biases: the perceptron of CorInfoMax (arXiv 2306.04810).
 
     Raises:
         ConfigError: a size is not positive.
@@ -98,7 +99,7 @@ def mlp_box(in_features: int, widths: Sequence[int], out_features: int) -> nn.Se
 
 
 def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """ELU perceptron of counter-current learning (arXiv 2409.19841): no biases, PyTorch's own initial weights.
+    """Build the ELU perceptron of counter-current learning (arXiv 2409.19841): no biases, PyTorch's default weights.
 
     Raises:
         ConfigError: a size is not positive.
@@ -107,7 +108,7 @@ def mlp_elu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Se
 
 
 def mlp_bn(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """ReLU perceptron of local classifiers (arXiv 1901.06656): BatchNorm before activations, PyTorch's own initial weights.
+    """Build the ReLU perceptron of local classifiers (arXiv 1901.06656): BatchNorm before activations, default weights.
 
     Raises:
         ConfigError: a size is not positive.
@@ -124,13 +125,13 @@ def mlp_bn(in_features: int, widths: Sequence[int], out_features: int) -> nn.Seq
 
 
 def autoencoder(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Autoencoder of arXiv 2106.07887, table 1: tanh hidden layers, a linear code in the middle and a linear output.
+    """Build the autoencoder of arXiv 2106.07887, table 1: tanh hidden layers, a linear code in the middle, a linear output.
 
-    The middle one of `widths` is the code; its `nn.Identity` is named code, the other activations tanh1, tanh2, ...
-    Weights are Xavier-normal, biases zero.
+    The middle entry of `widths` is the code, whose `nn.Identity` is named code; the other activations are tanh1, tanh2, ...
+    Weights are Xavier-normal and biases zero.
 
     Raises:
-        ConfigError: a size is not positive, or there is no middle layer.
+        ConfigError: a size is not positive, or the number of hidden layers is even.
 
     >>> [name for name, _ in autoencoder(8, [4, 2, 4], 8).named_children()]
     ['flatten', 'linear1', 'tanh1', 'linear2', 'code', 'linear3', 'tanh3', 'linear4']
@@ -153,16 +154,16 @@ class ResidualBlock(nn.Module):
         self.linear2, self.tanh2 = nn.Linear(width, width), nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
+        """Return the output of the block."""
         hidden = self.linear2(self.tanh1(self.linear1(x)))
         result: Tensor = self.tanh2(hidden + x)
         return result
 
 
 def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Residual tanh perceptron of top-down credit assignment's code: a first layer, then a residual block per further width.
+    """Build the residual tanh perceptron of TDCA's released code: a first layer, then a residual block per further width.
 
-    Weights have PyTorch's own uniform law of half-width 1/sqrt(inputs), biases are zero.
+    Weights keep PyTorch's default, uniform on +-1/sqrt(inputs); biases are zero.
 
     Raises:
         ConfigError: a size is not positive, or the widths differ.
@@ -184,10 +185,10 @@ def mlp_residual(in_features: int, widths: Sequence[int], out_features: int) -> 
 
 
 def one_width(what: str, in_features: int, widths: Sequence[int], out_features: int) -> int:
-    """The width that all hidden layers have.
+    """Return the common width of all hidden layers.
 
     Args:
-        what: who needs which parts, for the error.
+        what: subject of the error message, such as "a graph needs nodes".
 
     Raises:
         ConfigError: a size is not positive, or the widths differ.

@@ -1,4 +1,4 @@
-"""Residual perceptrons in the mu parametrisation (muPC, arXiv 2505.13124), the same at every depth."""
+"""Residual perceptrons in the mu parametrisation (muPC, arXiv 2505.13124), which behave alike at every depth."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ class ResidualLayer(nn.Module):
         self.relu, self.linear = nn.ReLU(), ScaledLinear(width, width, factor)
 
     def forward(self, s: Tensor) -> Tensor:
-        """The next state."""
+        """Return the next state."""
         result: Tensor = s + self.linear(self.relu(s))
         return result
 
 
 class ReadOut(nn.Module):
-    """`a W relu(s)`: (N, width) -> (N, outputs). The activation belongs to the read-out: states are those before it."""
+    """`a W relu(s)`: (N, width) -> (N, outputs). The activation belongs to the readout; states are pre-activations."""
 
     def __init__(self, width: int, outputs: int, factor: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ReadOut(nn.Module):
 
 
 def mlp_mu(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """Residual ReLU perceptron of L = len(widths) + 1 layers of one width, weights from N(0, 1), no biases.
+    """Build a residual ReLU perceptron of L = len(widths) + 1 layers of equal width, with N(0, 1) weights and no biases.
 
     Raises:
         ConfigError: a size is not positive, or the widths differ.

@@ -1,12 +1,12 @@
-"""Deep networks whose weights follow a flow on the orthogonal group: a test of depth in which no gradient decays.
+"""Deep networks whose weights follow a flow on the orthogonal group: a depth test in which no gradient decays.
 
     W_{k+1} = W_k exp(h Omega(W_k)),   Omega skew-symmetric, so that W_k stays orthogonal
     isospectral: H = W^T Q W, Omega = [H, N]: the eigenvalues of H are constant;   gated: Omega = f(W) - f(W)^T
 
 ODEtoODE (Choromanski et al., arXiv 2006.11421) couples `dx/dt = sigma(W_t x)` to such a flow and learns its parameters. Here
-the flow is a fixed schedule that is copied into the layers of a chain, with |x| = LeakyReLU(-1) behind each: the Jacobian of
-the whole network is exactly orthogonal, whatever its depth, and every rule can train it. What a rule loses over depth is
-then its own. The Cayley map replaces the exponential.
+the flow is a fixed schedule that is copied into the layers of a chain, with |x| = LeakyReLU(-1) after each. The Jacobian of
+the whole network is exactly orthogonal at any depth, and every rule can train it, so any loss with depth is due to the rule.
+The Cayley map replaces the exponential.
 """
 
 import math
@@ -25,17 +25,17 @@ Flow = Literal["isospectral", "gated", "tied"]
 
 
 def commutator(h: Tensor, n: Tensor) -> Tensor:
-    """`[H, N] = H N - N H`; skew-symmetric for symmetric H and N."""
+    """Return `[H, N] = H N - N H`; skew-symmetric for symmetric H and N."""
     return h @ n - n @ h
 
 
 def isospectral(w: Tensor, q: Tensor, n: Tensor) -> Tensor:
-    """`Omega = [W^T Q W, N]`, all (d, d), Q and N symmetric. Under `dW/dt = W Omega` H follows Brockett's double bracket."""
+    """Return `Omega = [W^T Q W, N]`, all (d, d), Q and N symmetric; under `dW/dt = W Omega` H follows Brockett's flow."""
     return commutator(w.mT @ q @ w, n)
 
 
 def gated(w: Tensor, a: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """`Omega = sum_i a_i (f_i(W) - f_i(W)^T)` with `f_i(W) = A_i tanh(W B_i)`.
+    """Return `Omega = sum_i a_i (f_i(W) - f_i(W)^T)` with `f_i(W) = A_i tanh(W B_i)`.
 
     Args:
         w: (d, d).
@@ -47,14 +47,14 @@ def gated(w: Tensor, a: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def cayley(omega: Tensor, h: float) -> Tensor:
-    """`(1 - h/2 Omega)^-1 (1 + h/2 Omega)`: orthogonal for skew-symmetric Omega, and exp(h Omega) up to h^3."""
+    """Return `(1 - h/2 Omega)^-1 (1 + h/2 Omega)`: orthogonal for skew-symmetric Omega, and exp(h Omega) up to h^3."""
     one = torch.eye(len(omega), dtype=omega.dtype, device=omega.device)
     result: Tensor = torch.linalg.solve(one - h / 2 * omega, one + h / 2 * omega)
     return result
 
 
 def schedule(w: Tensor, steps: int, velocity: Callable[[Tensor], Tensor], time: float = 1.0) -> list[Tensor]:
-    """W_0, ..., W_{steps-1} along the flow from w (d, d), in Cayley steps of `time / steps`."""
+    """Return W_0, ..., W_{steps-1} along the flow from w (d, d), in Cayley steps of `time / steps`."""
     weights = [w]
     for _ in range(steps - 1):
         weights.append(weights[-1] @ cayley(velocity(weights[-1]), time / steps))
@@ -62,7 +62,7 @@ def schedule(w: Tensor, steps: int, velocity: Callable[[Tensor], Tensor], time: 
 
 
 def orthogonal_schedule(width: int, depth: int, kind: Flow = "isospectral") -> list[Tensor]:
-    """Weights of a chain in float64, from a random orthogonal one along a flow drawn from the global torch RNG.
+    """Return float64 weights of a chain: a random orthogonal start and a flow, both drawn from the global torch RNG.
 
     Raises:
         ConfigError: the kind is unknown.
@@ -81,7 +81,7 @@ def orthogonal_schedule(width: int, depth: int, kind: Flow = "isospectral") -> l
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    """`M + M^T`, scaled to a spectrum of order one."""
+    """Return `M + M^T`, scaled to a spectrum of order one."""
     return (matrix + matrix.mT) / math.sqrt(2 * len(matrix))
 
 
@@ -99,13 +99,13 @@ class EulerStep(nn.Module):
 
 
 def flow(width: int = 32, depth: int = 50, flow: Flow = "isospectral", residual: bool = False) -> nn.Sequential:
-    """A chain of `depth` layers of one width along an orthogonal flow.
+    """Build a chain of `depth` layers of equal width along an orthogonal flow.
 
     Args:
-        width, depth: sizes.
-        flow: "isospectral", "gated", or "tied", one weight at all depths.
-        residual: Euler steps `x + |W x| / depth` in place of `|W x|`: singular values of the Jacobian lie within
-            `[(1 - 1/depth)^depth, (1 + 1/depth)^depth]` then, else they are one.
+        width, depth: units per layer and number of layers.
+        flow: "isospectral", "gated", or "tied" (the same weight at every depth).
+        residual: use Euler steps `x + |W x| / depth` in place of `|W x|`. The singular values of the Jacobian then lie in
+            `[(1 - 1/depth)^depth, (1 + 1/depth)^depth]`; otherwise they are all one.
 
     Raises:
         ConfigError: a size is not positive, or the flow unknown.
@@ -130,7 +130,7 @@ def flow(width: int = 32, depth: int = 50, flow: Flow = "isospectral", residual:
 
 
 def flow_classifier(in_features: int, widths: Sequence[int], out_features: int) -> nn.Sequential:
-    """A :func:`flow` through layers of `widths`, which must be equal, between an orthogonal first layer and a read-out.
+    """Build a :func:`flow` of layers of `widths`, which must be equal, between an orthogonal first layer and a readout.
 
     Its modules are named flatten, linear0, abs0, linear1, abs1, ..., read_out.
 

@@ -1,4 +1,4 @@
-"""Networks on patches of images: the vision transformer (arXiv 2010.11929) and the MLP-mixer (arXiv 2105.01601), small."""
+"""Small networks on image patches: the vision transformer (arXiv 2010.11929) and the MLP-Mixer (arXiv 2105.01601)."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ WIDTH, BLOCKS, HEADS = 96, 4, 4
 
 
 class Patches(nn.Module):
-    """An image cut into squares, each as a vector: (N, channels, H, W) -> (N, squares, width).
+    """Cut an image into squares and embed each as a vector: (N, channels, H, W) -> (N, squares, width).
 
     Args:
-        side: pixels along a square; None takes 4, or 2 of images below 16x16.
+        side: pixels along a square; None means 4, or 2 for images smaller than 16x16.
 
     Raises:
-        ConfigError: the sides cannot be cut so.
+        ConfigError: height or width is not divisible by `side`.
     """
 
     def __init__(self, shape: tuple[int, int, int], width: int, side: int | None = None) -> None:
@@ -31,24 +31,24 @@ class Patches(nn.Module):
         self.flatten = nn.Flatten(2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Vectors of the squares, row by row."""
+        """Return the vectors of the squares, row by row."""
         vectors: Tensor = self.flatten(self.conv(images)).transpose(1, 2)
         return vectors
 
 
 class VisionTransformer(nn.Module):
-    """Blocks of attention over all patches, their mean, a read-out: (N, channels, H, W) -> (N, num_classes).
+    """Attention blocks over all patches, mean pooling, a readout: (N, channels, H, W) -> (N, num_classes).
 
     Args:
-        shape: of one image.
+        shape: shape of one image.
         num_classes: number of logits.
-        width: of the stream.
-        blocks: one after the other.
-        heads: of attention in each.
-        side: pixels along a patch; None takes 4, or 2 of images below 16x16.
+        width: width of the residual stream.
+        blocks: number of blocks.
+        heads: attention heads per block.
+        side: pixels along a patch; None means 4, or 2 for images smaller than 16x16.
 
     Raises:
-        ConfigError: the images cannot be cut into such patches.
+        ConfigError: height or width of the images is not divisible by `side`.
     """
 
     def __init__(
@@ -70,24 +70,24 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.positions.weight, std=EMBEDDING)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
+        """Return the logits of a batch."""
         places = self.positions(torch.arange(self.patches.number, device=images.device))
         logits: Tensor = self.head(self.norm(self.blocks(self.patches(images) + places)).mean(1))
         return logits
 
 
 class Mixer(nn.Module):
-    """Blocks that mix patches and channels in turn, their mean, a read-out: (N, channels, H, W) -> (N, num_classes).
+    """Blocks that mix patches and channels in turn, mean pooling, a readout: (N, channels, H, W) -> (N, num_classes).
 
     Args:
-        shape: of one image.
+        shape: shape of one image.
         num_classes: number of logits.
-        width: of the stream.
-        blocks: one after the other.
-        side: pixels along a patch; None takes 4, or 2 of images below 16x16.
+        width: width of the residual stream.
+        blocks: number of blocks.
+        side: pixels along a patch; None means 4, or 2 for images smaller than 16x16.
 
     Raises:
-        ConfigError: the images cannot be cut into such patches.
+        ConfigError: height or width of the images is not divisible by `side`.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class Mixer(nn.Module):
         xavier_(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
+        """Return the logits of a batch."""
         logits: Tensor = self.head(self.norm(self.blocks(self.patches(images))).mean(1))
         return logits
 
 
 class MixerBlock(nn.Module):
-    """A perceptron across patches, then one across channels, each added to the stream (N, number, width)."""
+    """A perceptron across patches, then one across channels, each added to the residual stream (N, number, width)."""
 
     def __init__(self, number: int, width: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class MixerBlock(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The stream after this block: (N, number, width) -> (N, number, width)."""
+        """Return the residual stream after this block: (N, number, width) -> (N, number, width)."""
         x = x + self.mix2(self.gelu1(self.mix1(self.norm1(x).transpose(1, 2)))).transpose(1, 2)
         x = x + self.down(self.gelu2(self.up(self.norm2(x))))
         return x

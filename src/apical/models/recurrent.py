@@ -1,4 +1,4 @@
-"""Recurrent nets that say the next token: a table, one recurrent layer, a linear read-out."""
+"""Recurrent networks that predict the next token: an embedding table, one recurrent layer, a linear readout."""
 
 from torch import Tensor, nn
 
@@ -10,17 +10,17 @@ CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class Recurrent(nn.Module):
-    """Tokens (N, T) of whole numbers -> logits (N, T, vocabulary), for any T; the state begins at zero.
+    """Integer tokens (N, T) -> logits (N, T, vocabulary), for any T; the initial state is zero.
 
-    The recurrent layer's weights are PyTorch's own, those of the read-out Xavier.
+    The recurrent layer keeps PyTorch's default weights; the readout has Xavier weights.
 
     Args:
         vocabulary: number of tokens.
-        width: units of the recurrent layer, and entries of the table.
+        width: units of the recurrent layer, and size of an embedding.
         cell: "lstm", "gru" or "rnn" (tanh).
 
     Raises:
-        ConfigError: a size is not positive, or there is no such cell.
+        ConfigError: a size is not positive, or the cell is unknown.
 
     >>> import torch
     >>> Recurrent(vocabulary=10, width=8)(torch.zeros(3, 4, dtype=torch.long)).shape
@@ -30,9 +30,9 @@ class Recurrent(nn.Module):
     def __init__(self, vocabulary: int, width: int = 128, cell: str = "lstm") -> None:
         super().__init__()
         if min(vocabulary, width) < 1:
-            raise ConfigError("a recurrent net's vocabulary and width must be at least 1")
+            raise ConfigError("a recurrent network's vocabulary and width must be at least 1")
         if cell not in CELLS:
-            raise ConfigError(f"a recurrent net's cell is one of {', '.join(CELLS)}; got {cell!r}")
+            raise ConfigError(f"a recurrent network's cell must be one of {', '.join(CELLS)}; got {cell!r}")
         self.tokens = nn.Embedding(vocabulary, width)
         self.recurrent = CELLS[cell](width, width, batch_first=True)
         self.head = nn.Linear(width, vocabulary)
@@ -40,9 +40,9 @@ class Recurrent(nn.Module):
         nn.init.normal_(self.tokens.weight, std=EMBEDDING)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at each position: (N, T) -> (N, T, vocabulary)."""
+        """Return the logits of the next token at each position: (N, T) -> (N, T, vocabulary)."""
         if tokens.dim() != 2:
-            raise ConfigError(f"a recurrent net takes tokens (N, T); got shape {tuple(tokens.shape)}")
+            raise ConfigError(f"a recurrent network takes tokens (N, T); got shape {tuple(tokens.shape)}")
         states, _ = self.recurrent(self.tokens(tokens))
         logits: Tensor = self.head(states)
         return logits

@@ -1,9 +1,9 @@
 """Residual networks of He et al. 2016 (arXiv 1512.03385).
 
-`CifarResNet` is the thin three-stage net of 6n + 2 layers with parameter-free shortcuts ("option A": subsample, pad
-the new channels with zeros). `ResNet` is the four-stage net of basic blocks, 18 layers at its default, with 1x1
-convolution and BatchNorm on the shortcuts that change shape. In both, every activation is its own module and the last
-one of a block follows the residual sum.
+`CifarResNet` is the thin three-stage network of 6n + 2 layers with parameter-free shortcuts ("option A": subsample, pad
+the new channels with zeros). `ResNet` is the four-stage network of basic blocks, with 18 layers by default and a
+1x1 convolution with BatchNorm on the shortcuts that change shape. In both, every activation is a separate module, and
+the last activation of a block follows the residual sum.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ from apical.models.initialisation import xavier_
 class ZeroPadShortcut(nn.Module):
     """Option A: (N, C, H, W) -> (N, C + `extra`, ceil(H / stride), ceil(W / stride)), new channels zero.
 
-    The zeros go half in front and half behind the old channels. It has no parameters.
+    Half of the zeros come before the old channels and half after them. It has no parameters.
     """
 
     def __init__(self, extra: int, stride: int) -> None:
@@ -60,7 +60,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Residual branch plus shortcut, then the last activation."""
+        """Return the last activation of residual branch plus shortcut."""
         residual = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(maps)))))
         out: Tensor = self.relu2(residual + self.shortcut(maps))
         return out
@@ -73,7 +73,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, projec
 
 
 class CifarResNet(nn.Module):
-    """Thin residual net of `depth` = 6n + 2 layers (8, 20, 32, 56, ...): (N, channels, H, W) -> (N, num_classes).
+    """Thin residual network of `depth` = 6n + 2 layers (8, 20, 32, 56, ...): (N, channels, H, W) -> (N, num_classes).
 
     Stages of 16, 32 and 64 channels at full, half and quarter resolution. Images need at least 4 pixels a side (see
     `smallest`).
@@ -101,7 +101,7 @@ class CifarResNet(nn.Module):
         xavier_(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
+        """Return the logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
         maps = self.relu1(self.bn1(self.conv1(images)))
         maps = self.stage3(self.stage2(self.stage1(maps)))
         logits: Tensor = self.linear(self.flatten(self.pool(maps)))
@@ -109,7 +109,7 @@ class CifarResNet(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Four-stage residual net of basic blocks, ResNet-18 by default: (N, channels, H, W) -> (N, num_classes).
+    """Four-stage residual network of basic blocks, ResNet-18 by default: (N, channels, H, W) -> (N, num_classes).
 
     Args:
         blocks: number of blocks in each of the four stages (64, 128, 256, 512 channels).
@@ -150,7 +150,7 @@ class ResNet(nn.Module):
         xavier_(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
+        """Return the logits of a batch: (N, channels, H, W) -> (N, num_classes)."""
         maps = self.pool1(self.relu1(self.bn1(self.conv1(images))))
         maps = self.stage4(self.stage3(self.stage2(self.stage1(maps))))
         logits: Tensor = self.linear(self.flatten(self.pool2(maps)))

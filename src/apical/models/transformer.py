@@ -1,4 +1,4 @@
-"""Causal decoder: a small transformer that says the next token, every weight and activation a module of its own."""
+"""Causal decoder: a small transformer that predicts the next token; every weight and activation is a separate module."""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from apical.errors import ConfigError
 
 EMBEDDING = 0.1
-"""Standard deviation of the initial tables of tokens and positions."""
+"""Standard deviation of the initial token and position embeddings."""
 _SPREAD = 32
 
 
 class Attention(nn.Module):
-    """Softmax attention over the past, `heads` of them side by side: (N, T, width) -> (N, T, width).
+    """Multi-head softmax attention, causal by default: (N, T, width) -> (N, T, width).
 
     Args:
-        width: of the stream; a multiple of `heads`.
-        heads: attention maps.
-        causal: position t sees 0..t only, otherwise all.
+        width: width of the residual stream; a multiple of `heads`.
+        heads: number of attention heads.
+        causal: position t attends to positions 0..t only, otherwise to all.
     """
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
@@ -36,18 +36,18 @@ class Attention(nn.Module):
         return result
 
     def _split(self, x: Tensor) -> Tensor:
-        """(N, T, width) -> (N, heads, T, width / heads)."""
-        split: Tensor = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # which is compiled below function modes too
+        """Reshape (N, T, width) to (N, heads, T, width / heads)."""
+        split: Tensor = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # also compiles under function modes
         return split
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron (GELU, four times as wide), each added to the stream (N, T, width).
+    """Attention and a two-layer perceptron (GELU, four times as wide), each added to the residual stream (N, T, width).
 
     Args:
-        width: of the stream.
-        heads: of the attention.
-        norm: "pre" normalises what a part reads, "post" the stream behind each sum.
+        width: width of the residual stream.
+        heads: number of attention heads.
+        norm: "pre" normalises the input of each part, "post" the stream after each sum.
         causal: see :class:`Attention`.
     """
 
@@ -62,7 +62,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The stream after this block: (N, T, width) -> (N, T, width)."""
+        """Return the residual stream after this block: (N, T, width) -> (N, T, width)."""
         if self.pre:
             x = x + self.attention(self.norm1(x))
             x = x + self.down(self.gelu(self.up(self.norm2(x))))
@@ -73,22 +73,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal decoder with learned positions: tokens (N, T) of whole numbers -> logits (N, T, vocabulary), T <= context.
+    """Causal decoder with learned positions: integer tokens (N, T) -> logits (N, T, vocabulary), T <= context.
 
-    Linear weights are PyTorch's own, smaller than Xavier's, with which 400 steps end 0.1 nats higher; both tables are normal
-    with a standard deviation of 0.1.
+    Linear layers keep PyTorch's default weights, which are smaller than Xavier's; with Xavier weights the loss after 400
+    steps is 0.1 nats higher. Both embedding tables are normal with a standard deviation of 0.1.
 
     Args:
         vocabulary: number of tokens.
-        width: of the stream.
-        blocks: one after the other.
-        heads: of attention in each; 4, and more than 128 wide one per 32, if the width can be divided so.
-        context: the most positions.
-        norm: "pre", with a last norm before the head, or "post".
-        tied: the head's weight is the table of tokens.
+        width: width of the residual stream.
+        blocks: number of blocks.
+        heads: attention heads per block; see :func:`default_heads` for the default.
+        context: maximum number of positions.
+        norm: "pre", with a final norm before the head, or "post".
+        tied: the head shares its weight with the token embedding.
 
     Raises:
-        ConfigError: a size is not positive, the width is no multiple of the heads, or `norm` is another.
+        ConfigError: a size is not positive, the width is not a multiple of the heads, or `norm` is unknown.
 
     >>> Transformer(vocabulary=10, width=8, blocks=2, heads=2, context=5)(torch.zeros(3, 4, dtype=torch.long)).shape
     torch.Size([3, 4, 10])
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         if min(vocabulary, width, blocks, heads, context) < 1:
             raise ConfigError("a transformer's vocabulary, width, blocks, heads and context must be at least 1")
         if width % heads:
-            raise ConfigError(f"a transformer of width {width} cannot have {heads} heads; take a width that is a multiple")
+            raise ConfigError(f"a transformer of width {width} cannot have {heads} heads; use a multiple of the heads")
         if norm not in ("pre", "post"):
             raise ConfigError(f"a transformer's norm is 'pre' or 'post'; got {norm!r}")
         self.tokens = nn.Embedding(vocabulary, width)
@@ -123,10 +123,10 @@ class Transformer(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at each position: (N, T) -> (N, T, vocabulary)."""
+        """Return the logits of the next token at each position: (N, T) -> (N, T, vocabulary)."""
         if tokens.dim() != 2 or tokens.shape[1] > self.positions.num_embeddings:
             raise ConfigError(
-                f"a transformer of context {self.positions.num_embeddings} takes tokens (N, T) of at most so many "
+                f"a transformer of context {self.positions.num_embeddings} takes tokens (N, T) of at most that many "
                 f"positions; got shape {tuple(tokens.shape)}"
             )
         places = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
 
 
 def default_heads(width: int) -> int:
-    """Heads where none are said: the most that divide the width, up to 4 or, wider than 128, one per 32.
+    """Return the default number of heads: the most that divide the width, up to 4 or, above width 128, one per 32.
 
     >>> default_heads(96), default_heads(256), default_heads(10)
     (4, 8, 2)

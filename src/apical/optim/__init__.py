@@ -1,3 +1,3 @@
-"""Optimisers that suit rules whose feedback learns."""
+"""Optimisers for rules with learned feedback."""
 
 from apical.optim.input_adam import InputAdam as InputAdam

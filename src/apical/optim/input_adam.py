@@ -1,11 +1,11 @@
-"""Adam with one second moment for every input of a layer, after which feedback can learn by its own local step.
+"""Adam with one second moment per input of a layer, so that feedback can learn by its own local step.
 
     m <- beta1 m + (1 - beta1) G,   v_j <- beta2 v_j + (1 - beta2) |G_:j|^2 / n_out
     W_ij <- (1 - lr decay) W_ij - lr (m_ij / (1 - beta1^t)) / (sqrt(v_j / (1 - beta2^t)) + eps)
 
-A scale for every input is a multiplication from the right, and commutes with `B^T` from the left: the step of `B^T G` is
-`B^T` times the step of G, where both have the same v. For PFA's R, whose gradient is `B^T G`, n_out is that of the weight,
-since `|B^T g| = |g|`: exactly for orthogonal B, on average for a random one. Ours; the decay is AdamW's.
+A scale per input is a multiplication from the right, which commutes with `B^T` from the left: the step of `B^T G` is
+`B^T` times the step of G if both have the same v. For PFA's R, whose gradient is `B^T G`, n_out is that of the weight,
+since `|B^T g| = |g|`: exactly for orthogonal B, on average for random B. The method is ours; the decay is AdamW's.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from apical.errors import ConfigError
 
 
 class InputAdam(torch.optim.Optimizer):
-    """Adam whose second moment is one number for every input of a weight (n_out, n_in, ...).
+    """Adam whose second moment is one number per input of a weight (n_out, n_in, ...).
 
-    Vectors (biases, gains) have the ordinary one. Dimension 0 of a weight is its outputs.
+    Vectors (biases, gains) have the usual second moment. Dimension 0 of a weight is its outputs.
 
     Args:
-        params: as for any optimiser of PyTorch.
+        params: as for any PyTorch optimiser.
         lr: learning rate.
-        betas: of the means of gradients and of their squares.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled, as AdamW's.
+        betas: decay rates of the running means of gradients and of their squares.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, as in AdamW.
 
     Raises:
-        ConfigError: an option out of range.
+        ConfigError: an option is out of range.
 
     >>> layer = torch.nn.Linear(3, 2)
     >>> optimizer = InputAdam(layer.parameters(), lr=0.01)
@@ -50,14 +50,14 @@ class InputAdam(torch.optim.Optimizer):
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(
-                f"InputAdam takes lr, eps and weight_decay of 0 or more and betas in [0, 1), not {lr=}, {betas=}, {eps=}, "
+                f"InputAdam needs lr, eps and weight_decay of 0 or more and betas in [0, 1); got {lr=}, {betas=}, {eps=}, "
                 f"{weight_decay=}"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure` makes the gradients first, and its loss is returned."""
+        """Take one step; `closure`, if given, first computes the gradients, and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -67,7 +67,7 @@ class InputAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                # for PFA's R the weight's number of outputs, which the rule notes on it
+                # for PFA's R: the weight's number of outputs, which the rule stores on it
                 square = (
                     p.grad.square() if p.dim() < 2 else p.grad.square().sum(0, keepdim=True) / getattr(p, "outputs", len(p))
                 )

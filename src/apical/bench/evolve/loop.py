@@ -155,7 +155,7 @@ class Evolution:
         """Continue from the folder's checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another evolution.
+            CheckpointError: the checkpoint is damaged, or belongs to another evolution.
         """
         assert self.folder is not None
         path = self.folder.checkpoint
@@ -166,16 +166,16 @@ class Evolution:
             self.average = saved["average"]
             check_line(self.line)
             if type(self.generation) is not int or self.line["generation"] != self.generation:
-                raise ValueError("its last line is of another generation")
+                raise ValueError("its last line belongs to another generation")
             vectors = (self.search.center, self.search.sigma, self.fittest, self.average)
             if any(vector.shape != self.task.start.shape for vector in vectors):
-                raise ValueError("it has another number of weights")
+                raise ValueError("it has a different number of weights")
             if not all(bool(vector.isfinite().all()) for vector in vectors):
                 raise ValueError("weights in it are not finite")
             self.search.ask(0)  # raises if the restored parts do not fit together
         except (CheckpointError, OSError):
             raise
-        except Exception as error:  # the state is the strategy's own
+        except Exception as error:  # the format of the state depends on the strategy
             raise CheckpointError(f"checkpoint {path} is damaged ({brief(error)}); start again with --overwrite") from error
         lines = [line for line in self.folder.lines() if line["generation"] < self.generation]
         if [line["generation"] for line in lines] != list(range(1, self.generation)):
@@ -222,7 +222,7 @@ def classification(recipe: EvolutionRecipe) -> Classification:
     for name in recipe.data:
         loaded = data.load(name)
         if loaded.is_regression:
-            raise DataError(f"{name} has numbers as targets; top-down networks are evolved for classification")
+            raise DataError(f"{name} has numeric targets, but top-down networks are evolved for classification")
         sets.append(Images(loaded.train.inputs, loaded.train.targets, loaded.classes, name))
     task = (AnyClasses if recipe.by_class else Classification)(sets, setting(recipe))
     if recipe.begin:

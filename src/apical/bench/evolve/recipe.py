@@ -62,7 +62,7 @@ class EvolutionRecipe:
     begin: Annotated[str, Option("FILE", "a random one")] = ""
     """Start from this teacher: a file, the name of a shipped one, or "wired": the error and random feedback of it."""
     quiet: bool = True
-    """Start from a top-down network that gives no credit to hidden units."""
+    """Start from a top-down network that sends no credit to hidden units."""
     held_out: bool = False
     """Evaluate learners on images they were not trained on."""
     settled: Annotated[int, Option("N")] = 1
@@ -74,7 +74,7 @@ class EvolutionRecipe:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimiser of the learners; sgd has momentum 0.9."""
     clip: Annotated[float, Option("NORM")] = 1.0
-    """Largest norm of a learner's gradient; 0 is off."""
+    """Maximum norm of a learner's gradient; 0 disables clipping."""
     batch_size: Annotated[int, Option("N", "all")] = 0
     """Images per update of a learner."""
     chunk: int = 33

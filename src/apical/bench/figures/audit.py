@@ -22,7 +22,7 @@ _UNITS = {"noise": "°", "sparse": "°", "quantised": "°", "multiply_adds": _TO
 
 
 def draw(record: Mapping[str, Any]) -> tuple[Drawing, Drawing]:
-    """:func:`matrix` and :func:`numbers` as PNG and SVG."""
+    """Render :func:`matrix` and :func:`numbers` as PNG and SVG."""
     with matplotlib.rc_context(RC):
         signs = render("audit", "What rules need", "", matrix(record))
         return signs, render("audit_numbers", "Robustness and cost of the rules", "", numbers(record))

@@ -13,12 +13,12 @@ _FAR = 5.0
 
 
 def seconds(comparison: Comparison) -> Figure | None:
-    """Score against seconds of training."""
+    """Draw the score against seconds of training."""
     return _against(comparison, "seconds", "training time (s)", 1.0)
 
 
 def compute(comparison: Comparison) -> Figure | None:
-    """Score against multiply-adds."""
+    """Draw the score against multiply-adds."""
     return _against(comparison, "multiply_adds", "multiply-adds (10⁹)", 1e-9)
 
 
@@ -44,7 +44,7 @@ def _against(comparison: Comparison, cost: str, label: str, factor: float) -> Fi
 
 
 def _line(costs: Array, scores: Array) -> Line:
-    """Of costs and scores (runs, epochs)."""
+    """Return the line for costs and scores (runs, epochs)."""
     deviation = scores.std(axis=0, ddof=1) if len(scores) > 1 else np.full(scores.shape[1], np.nan)
     return Line(costs.mean(axis=0), scores.mean(axis=0), deviation, len(scores), list(zip(costs, scores, strict=True)))
 

@@ -22,13 +22,13 @@ _WIDE = 5.0
 """Ratio of largest to smallest loss above which levels are spaced logarithmically."""
 
 _SHADES = LinearSegmentedColormap.from_list("depth", ("#fbfcfd", "#dde5ec", "#b9c6d2", "#8d9cab"))
-"""Light where the loss is low, because the lines end there; nowhere so dark that a black line disappears."""
+"""Colours that are light where the loss is low, because lines end there, and never too dark for a black line."""
 
 _NAMES = {"cross_entropy": "cross-entropy", "mse": "mean squared error"}
 
 
 def draw(record: Mapping[str, Any]) -> Drawing:
-    """:func:`landscape` as PNG and SVG."""
+    """Render :func:`landscape` as PNG and SVG."""
     with matplotlib.rc_context(RC):
         return render("landscape", "Loss landscape", "", landscape(record))
 

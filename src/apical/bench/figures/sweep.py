@@ -24,7 +24,7 @@ _CAPTION = (
 )
 
 _COLOURS = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, 256)))
-"""Without the lightest yellow, which is invisible on white."""
+"""Colour map without the lightest yellow, which is invisible on white."""
 
 _HALO = [Stroke(linewidth=2, foreground="white"), Normal()]
 
@@ -36,7 +36,7 @@ def draw(record: Mapping[str, Any]) -> Drawing | None:
 
 
 def coordinates(record: Mapping[str, Any]) -> Figure | None:
-    """One panel per rule."""
+    """Draw one panel per rule."""
     rules = [rule for rule, axes in record["axes"].items() if axes and any(t["rule"] == rule for t in record["trials"])]
     scores = [_score(trial, record) for trial in record["trials"] if trial["score"] is not None]
     if not rules or not scores:

@@ -31,10 +31,10 @@ class EvolutionPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Evolve(Settings, EvolutionPlace):
-    """Evolve a top-down network that hands out credit (tdca); writes teacher.pt."""
+    """Evolve a top-down network that assigns credit (rule tdca); write teacher.pt."""
 
     ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
-    """Share the population among the workers of a Ray cluster: one started here, or one that runs (`ray start --head`)."""
+    """Distribute the population over a Ray cluster: one started here, or a running one (`ray start --head`)."""
     workers: Annotated[int | None, shown("N", "(default: one per core)")] = None
     """Workers of --ray local."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False

@@ -25,7 +25,7 @@ Train
   compare     several rules side by side, with several seeds, and a report
   train       one rule; under torchrun, with several processes
   sweep       tune rules with equal trials, then test the best of each
-  evolve      a top-down network that hands out credit, for the rule tdca
+  evolve      a top-down network that assigns credit, for the rule tdca
 Measure
   audit       what rules need that a brain may lack
   measure     networks: their weights, codes and Jacobians

@@ -20,12 +20,12 @@ class Reproduce:
     out: Annotated[Path, shown("DIR", "(default: results)")] = Path("results")
     """Folder: a table goes to PAPER-TABLE in it (with -smoke or -paper at these budgets), verdicts to reproductions/."""
     jobs: Annotated[int, shown("N", "(default: one per core)")] = 0
-    """Seeds, or parts of a study, side by side."""
+    """Seeds, or parts of a study, run in parallel."""
     ray: Annotated[str | None, shown("local|ADDRESS", "(default: off)")] = None
     """Train on a Ray cluster: one started here, or a running one (`ray start --head`) that sees --out as a shared folder."""
     resume: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Continue what is there; what is finished stays."""
+    """Continue the run in the folder; finished parts are kept."""
     overwrite: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Replace what is there."""
+    """Replace the content of the folder."""
     kept: Annotated[bool, arg(help_behavior_hint="")] = False
-    """Train nothing: judge the results in the folder, also those of a run that another command made."""
+    """Train nothing; judge the results already in the folder, including those of another command."""

@@ -1,4 +1,4 @@
-"""One-line messages for faulty command lines, from what the parser prints in a box."""
+"""One-line messages for invalid command lines, extracted from the box that the parser prints."""
 
 import difflib
 import re
@@ -35,12 +35,12 @@ def explained(box: str, arguments: Sequence[str], commands: Iterable[str], optio
         return f"apical {command} needs a subcommand: {match[1].replace(', ', ' or ')}{see}"
     if match := re.search(r"invalid choice '(.*?)' for argument '(\S+)'\. Expected one of \((.*?)\)", text):
         choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
-        return f"{match[2]} takes {', '.join(sorted(choices))}, got {match[1]!r}{_near(match[1], choices)}"
+        return f"{match[2]} must be one of {', '.join(sorted(choices))}; got {match[1]!r}{_near(match[1], choices)}"
     if match := re.search(r"Error parsing (\S+): (.*)", text):
         values = re.findall(r"\['(.*?)'\]", match[2]) or re.findall(r": '(.*?)'", match[2])
         what = "a whole number" if "INT" in match[2] or "int()" in match[2] else "numbers" if "FLOAT" in match[2] else ""
-        got = f", got {values[0]!r}" if values else ""
-        return f"{written.get(match[1], match[1])} takes {what or 'another kind of value'}{got}{see}"
+        got = f"; got {values[0]!r}" if values else ""
+        return f"{written.get(match[1], match[1])} needs {what or 'another kind of value'}{got}{see}"
     return f"{text.rstrip('.')}{see}"
 
 

@@ -1,1 +1,1 @@
-"""Data of a user: files, folders, functions and Datasets in memory."""
+"""User data: files, folders, functions and Datasets in memory."""

@@ -1,4 +1,4 @@
-"""A user's .npz and .csv files."""
+"""Readers of a user's .npz and .csv files."""
 
 import csv
 from pathlib import Path
@@ -14,19 +14,19 @@ from apical.errors import DataError
 Array = NDArray[Any]
 _STEMS = (("x", "y"), ("X", "y"), ("X", "Y"), ("data", "target"), ("inputs", "targets"), ("images", "labels"))
 LABELS = ("target", "label", "y")
-"""Names of the column with the label."""
+"""Accepted names of the label column."""
 
 
 def _split_names(part: str) -> list[tuple[str, str]]:
-    """x_train and y_train, and what people write instead."""
+    """Return x_train and y_train, and other common names for them."""
     return [(pattern.format(a, part), pattern.format(b, part)) for a, b in _STEMS for pattern in ("{}_{}", "{1}_{0}")]
 
 
 def read_npz(path: Path) -> Raw:
-    """Arrays x_train, y_train, x_test, y_test, or x and y alone, or other usual names for these.
+    """Read the arrays x_train, y_train, x_test, y_test, or only x and y, or other common names for these.
 
     Raises:
-        DataError: none of them are there, or the file is damaged or holds Python objects.
+        DataError: none of them exists, or the file is damaged or contains Python objects.
     """
     try:
         containers.check_zip(path, 1 << 34)
@@ -39,11 +39,11 @@ def read_npz(path: Path) -> Raw:
     except arrays.NPZ_DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "allow_pickle" in reason:
-            raise DataError(f"{path} holds Python objects, which are not unpickled; save arrays of numbers") from error
-        raise DataError(f"{path} is damaged or no .npz file ({reason})") from error
+            raise DataError(f"{path} contains Python objects, which are not unpickled; save arrays of numbers") from error
+        raise DataError(f"{path} is damaged or not an .npz file ({reason})") from error
     notes: list[str] = [f"read from {', '.join(names)}"] if names != ("x_train", "y_train", "x_test", "y_test") else []
     left = [key for key in keys if key not in names]
-    notes += [f"{', '.join(left)} left out"] if left else []
+    notes += [f"{', '.join(left)} ignored"] if left else []
     inputs = []
     for x in values[::2]:
         x, note = _images(x)
@@ -54,18 +54,18 @@ def read_npz(path: Path) -> Raw:
 
 
 def names_of(keys: list[str], where: str, what: str) -> tuple[tuple[str, ...], bool]:
-    """Which of the names are training inputs and targets and, the second value says whether, those of test samples.
+    """Return the names of training inputs and targets, plus those of test samples if present, and whether they are.
 
     Raises:
-        DataError: there are none, or one of a pair alone.
+        DataError: no pair is found, or only one name of a pair.
     """
     train = _pair(keys, [*_split_names("train"), *_STEMS])
     test = _pair(keys, [*_split_names("test"), *_split_names("val")])
     if train is None:
         listing = ", ".join(keys) or "nothing"
-        raise DataError(f"{where}: needs {what} x_train, y_train, x_test and y_test, or x and y; it holds {listing}")
+        raise DataError(f"{where}: needs {what} x_train, y_train, x_test and y_test, or x and y; it contains {listing}")
     if test is None and (alone := [name for name in keys if "test" in name.lower()]):
-        raise DataError(f"{where}: {alone[0]} has no partner; name both, x_test and y_test")
+        raise DataError(f"{where}: {alone[0]} has no counterpart; provide both x_test and y_test")
     return (*train, *(test or ())), test is not None
 
 
@@ -78,20 +78,20 @@ def _pair(names: list[str], pairs: list[tuple[str, str]]) -> tuple[str, str] | N
 
 
 def _images(x: Array) -> tuple[Array, str]:
-    """Inputs with the channels of images in front, and a note."""
+    """Return inputs with image channels first, and a note."""
     colours = (1, 3, 4)
     if x.ndim == 3 and x.dtype == np.uint8:
-        return x[:, None], "8-bit arrays (N, H, W) are grey images"
+        return x[:, None], "8-bit arrays (N, H, W) read as grey images"
     if x.ndim == 4 and x.shape[3] in colours and x.shape[1] not in colours:
-        return x.transpose(0, 3, 1, 2), "channels stand last"
+        return x.transpose(0, 3, 1, 2), "channels are last"
     return x, ""
 
 
 def read_csv(path: Path) -> Raw:
-    """A table with a header; the label is in the column target, label or y, or else in the last one.
+    """Read a table with a header; the label column is target, label or y, otherwise the last one.
 
     Raises:
-        DataError: it is no table of numbers with a label; names line and column.
+        DataError: the file is not a table of numbers with a label; names line and column.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -104,7 +104,7 @@ def read_csv(path: Path) -> Raw:
         raise DataError(f"{path} is not a table in UTF-8 ({error})") from error
     if len(rows) < 2:
         has = f"has {len(rows)} line" if rows else "is empty"
-        raise DataError(f"{path}: needs a line of column names and then lines of numbers; it {has}")
+        raise DataError(f"{path}: needs a line of column names followed by lines of numbers; it {has}")
     header = [name.strip() for name in rows.pop(0)[1]]
     _check_header(path, header)
     column = _label_column(path, header)
@@ -117,7 +117,7 @@ def read_csv(path: Path) -> Raw:
     inputs = [_numbers(texts[:, i], path, header[i], places) for i in range(len(header)) if i != column]
     label, kind = _label(texts[:, column], path, header[column], places)
     notes = [f"the label is column {header[column]!r} ({kind})"]
-    notes += [f"columns are divided by {'tabs' if mark == chr(9) else 'semicolons'}"] if mark != "," else []
+    notes += [f"columns are separated by {'tabs' if mark == chr(9) else 'semicolons'}"] if mark != "," else []
     x = np.stack(inputs, axis=1)
     return Raw(
         (x, None), (label, None), path.name, str(path.resolve()), True, notes=tuple(notes), parts=("rows", "test rows")
@@ -130,8 +130,8 @@ def _check_header(path: Path, header: list[str]) -> None:
     if all(_is_number(name) for name in header):
         raise DataError(f"{path}: the first line must name the columns; it has numbers")
     nameless = next((i for i, name in enumerate(header) if name == "" or name.startswith("Unnamed: ")), None)
-    if nameless is not None:  # pandas calls it "Unnamed: 0" when it reads what it wrote
-        raise DataError(f"{path}: column {nameless + 1} has no name (an index? leave it out when you write the file)")
+    if nameless is not None:  # pandas names an index it wrote "Unnamed: 0"
+        raise DataError(f"{path}: column {nameless + 1} has no name (if it is an index, omit it when writing the file)")
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: two columns are called {twice!r}")
@@ -157,7 +157,7 @@ def _label(texts: Array, path: Path, name: str, places: list[int]) -> tuple[Arra
     words = np.array([not _is_number(text) for text in texts])
     if words.all():
         return texts, "texts"
-    if words.any():  # most often a mark of what is missing, which is no class
+    if words.any():  # most often a marker for a missing value, which is not a class
         at = int(words.argmax())
         raise DataError(
             f"{path}, line {places[at]}: column {name!r}, the label, is {texts[at][:30]!r}, but others are numbers; classes "
@@ -167,7 +167,7 @@ def _label(texts: Array, path: Path, name: str, places: list[int]) -> tuple[Arra
 
 
 def _numbers(texts: Array, path: Path, name: str, places: list[int]) -> Array:
-    """A column as float64."""
+    """Return a column as float64."""
     try:
         values = texts.astype(np.float64)
         wrong = ~np.isfinite(values)
@@ -176,8 +176,8 @@ def _numbers(texts: Array, path: Path, name: str, places: list[int]) -> Array:
         values = np.zeros(0)
     if wrong.any():
         at = int(wrong.argmax())
-        what = f"is {str(texts[at])[:30]!r}, which is no finite number" if texts[at] != "" else "is empty"
-        hint = "decimals have a point, and thousands no comma" if "," in texts[at] else "only the label may be text"
+        what = f"is {str(texts[at])[:30]!r}, which is not a finite number" if texts[at] != "" else "is empty"
+        hint = "use a decimal point and no thousands separators" if "," in texts[at] else "only the label may be text"
         raise DataError(f"{path}, line {places[at]}: column {name!r} {what}; {hint}")
     return values
 

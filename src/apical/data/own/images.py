@@ -12,14 +12,14 @@ from apical.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _TESTS = ("test", "val", "valid", "validation")
 _LARGEST = 1 << 32
-"""Bytes of pixels up to which a folder is read into memory."""
+"""Maximum bytes of pixels that are read into memory."""
 
 
 def read(folder: Path) -> Raw:
-    """Images (N, C, H, W), grey or in colour, and the number of the folder that each lies in.
+    """Read images (N, C, H, W), grey or colour, and the index of each image's folder.
 
     Raises:
-        DataError: a class folder is empty, an image is damaged or of another size than the first, or there are no images.
+        DataError: a class folder is empty, an image is damaged or differs in size from the first, or there are no images.
     """
     folders = {path.name.lower(): path for path in _folders(folder)}
     notes: list[str] = []
@@ -27,13 +27,13 @@ def read(folder: Path) -> Raw:
         other = next((name for name in _TESTS if name in folders), None)
         parts = [folders["train"], *([folders[other]] if other else [])]
         odd = sorted(path.name for name, path in folders.items() if name not in ("train", other))
-        notes += [f"{', '.join(odd)} beside train left out"] if odd else []
+        notes += [f"{', '.join(odd)} next to train ignored"] if odd else []
     else:
         parts = [folder]
     classes = [path.name for path in _folders(parts[0])]
     if len(classes) < 2:
         listing = f"only {classes[0]}" if classes else "none"
-        raise DataError(f"{parts[0]}: needs a folder of images for each class; found {listing}")
+        raise DataError(f"{parts[0]}: needs one folder of images per class; found {listing}")
     files = [[(path, i) for i, name in enumerate(classes) for path in _images(part / name)] for part in parts]
     for part in parts[1:]:
         strange = [path.name for path in _folders(part) if path.name not in classes]
@@ -42,8 +42,8 @@ def read(folder: Path) -> Raw:
     left = sum(
         1 for part in parts for name in classes for path in _files(part / name) if path.suffix.lower() not in SUFFIXES
     )
-    what = "file that is no image" if left == 1 else "files that are no images"
-    notes += [f"{left} {what} left out"] if left else []
+    what = "file that is not an image" if left == 1 else "files that are not images"
+    notes += [f"{left} {what} ignored"] if left else []
     seen = [[_pixels(path) for path, _ in part] for part in files]
     notes += sorted({remark for part in seen for _, remarks in part for remark in remarks}, reverse=True)
     pictures = [[pixels for pixels, _ in part] for part in seen]
@@ -84,15 +84,13 @@ def _images(folder: Path) -> list[Path]:
     if not images:
         deeper = ""
         if folder.is_dir() and (inside := _folders(folder)):
-            deeper = (
-                f"; it has folders ({inside[0].name}, ...): where these are the classes, name what holds them train and test"
-            )
+            deeper = f"; it has folders ({inside[0].name}, ...): if these are the classes, name their parents train and test"
         raise DataError(f"{folder}: no images for class {folder.name!r}{deeper}")
     return images
 
 
 def _pixels(path: Path) -> tuple[NDArray[Any], list[str]]:
-    """Pixels (H, W) or (H, W, 3), 8 bits each, and what of the image they leave out."""
+    """Return 8-bit pixels (H, W) or (H, W, 3), and notes on ignored parts of the image."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -100,23 +98,23 @@ def _pixels(path: Path) -> tuple[NDArray[Any], list[str]]:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path}: pixels of more than 8 bits (mode {image.mode}) are not read; convert the images")
+                raise DataError(f"{path}: pixels of more than 8 bits (mode {image.mode}) are not supported; convert them")
             if image.width * image.height > _LARGEST:
                 raise DataError(f"{path}: the image is too large")
             grey = image.mode in ("1", "L", "LA")
             whole = image.convert("RGBA") if "A" in image.mode or "transparency" in image.info else image
-            remarks = ["all frames but the first left out"] if getattr(image, "n_frames", 1) > 1 else []
+            remarks = ["all frames but the first ignored"] if getattr(image, "n_frames", 1) > 1 else []
             if whole.mode == "RGBA" and whole.getchannel("A").getextrema()[0] != 255:
-                remarks.append("transparency left out")
+                remarks.append("transparency ignored")
             return np.asarray(whole.convert("L" if grey else "RGB")), remarks
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is damaged or no image ({error})") from error
+        raise DataError(f"{path} is damaged or not an image ({error})") from error
 
 
 def _planes(pixels: NDArray[Any], colour: bool) -> NDArray[Any]:
-    """(C, H, W)."""
+    """Return the pixels as (C, H, W)."""
     if not colour:
         return pixels[None]
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else np.repeat(pixels[None], 3, axis=0)

@@ -1,4 +1,4 @@
-"""Data that code returns: a Dataset, a pair of Datasets (train, test), or arrays."""
+"""Data returned by code: a Dataset, a pair of Datasets (train, test), or arrays."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -21,13 +21,13 @@ FORMS = (
     "test inputs, test targets)"
 )
 _TWICE = 4
-"""Samples that are read twice, to see that they stay the same."""
+"""Number of samples that are read twice, to check that they do not change."""
 
 
 def from_code(value: Any, name: str) -> Make:
-    """What makes the data that the function `value`, named "FILE.py:FUNCTION" or "module:NAME", returns.
+    """Return a reader of the data returned by the function `value`, named "FILE.py:FUNCTION" or "module:NAME".
 
-    It is called without arguments, with torch's, NumPy's and Python's global generators seeded.
+    The function is called without arguments, with the global generators of torch, NumPy and Python seeded.
     """
 
     def make() -> Raw:
@@ -36,7 +36,7 @@ def from_code(value: Any, name: str) -> Make:
         if callable(source) and not isinstance(source, Dataset):
             needed = _needed(source)
             if needed:
-                raise DataError(f"{where} needs an argument {needed!r}, but it is called without any; give it a default")
+                raise DataError(f"{where} needs an argument {needed!r}, but is called without arguments; give it a default")
             source = _guarded(value, where, path)
         raw: Raw = _guarded(lambda: from_value(source, where, name), where, path)
         return raw
@@ -55,7 +55,7 @@ def _guarded(call: Callable[[], Any], where: str, path: Any) -> Any:
 
 
 def _needed(function: Callable[..., Any]) -> str | None:
-    """The first parameter without a default."""
+    """Return the name of the first parameter without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -65,18 +65,18 @@ def _needed(function: Callable[..., Any]) -> str | None:
 
 
 def from_value(value: Any, where: str, source: str = "memory") -> Raw:
-    """Arrays of what a function returned, or of what is in memory.
+    """Convert the return value of a function, or data in memory, to arrays.
 
     Raises:
-        DataError: it is none of the forms.
+        DataError: the value has none of the accepted forms.
     """
     if isinstance(value, loaded.Dataset):
         value = (value.train.inputs, value.train.targets, value.test.inputs, value.test.targets)
     if isinstance(value, Mapping):
         names, _ = names_of([key for key in value if isinstance(key, str)], where, "entries")
-        value = tuple(value[key] for key in names)  # data and target alone, as scikit-learn's loaders return
+        value = tuple(value[key] for key in names)  # only data and target, of a scikit-learn Bunch
     if isinstance(value, DataLoader):
-        raise DataError(f"{where} is a DataLoader: give its Dataset instead, batches are made from that")
+        raise DataError(f"{where} is a DataLoader: pass its Dataset instead, apical makes the batches")
     if isinstance(value, Dataset):
         x, y, names = _samples(value, where, "training samples")
         return Raw((x, None), (y, None), where, source, False, names)
@@ -92,14 +92,14 @@ def from_value(value: Any, where: str, source: str = "memory") -> Raw:
     if isinstance(value, tuple | list) and len(value) == 4:
         x, y, x_test, y_test = (_array(item, where) for item in value)
         return Raw((x, x_test), (y, y_test), where, source, False)
-    size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    raise DataError(f"{where} gives a {type(value).__name__}{size}; expected {FORMS}")
+    size = f" of length {len(value)}" if isinstance(value, tuple | list) else ""
+    raise DataError(f"{where}: got {type(value).__name__}{size}; expected {FORMS}")
 
 
 def _array(value: Any, where: str) -> Any:
-    """A tensor, array, list or table as an array of numbers or texts."""
+    """Convert a tensor, array, list or table to an array of numbers or strings."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise DataError(f"{where}: an array has masked values; fill them, or leave their samples out")
+        raise DataError(f"{where}: an array has masked values; fill them or drop these samples")
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
@@ -111,14 +111,14 @@ def _array(value: Any, where: str) -> Any:
         if array.ndim == 1 and all(isinstance(item, str) for item in array):
             return array.astype(np.str_)
         kind = f"a {type(value).__name__}" if array.ndim == 0 else "an array of Python objects"
-        raise DataError(f"{where}: {kind} is no data; give arrays of numbers")
+        raise DataError(f"{where}: {kind} is not supported; pass arrays of numbers")
     if array.dtype == np.uint8 and array.ndim > 2:
-        raise DataError(f"{where}: inputs are 8-bit pixels, 0 to 255; give floats, such as x / 255")
+        raise DataError(f"{where}: inputs are 8-bit pixels, 0 to 255; convert them to floats, such as x / 255")
     return array
 
 
 def _samples(data: Dataset[Any], where: str, part: str) -> tuple[Any, Any, tuple[str, ...]]:
-    """Inputs, targets and, where the Dataset knows them, names of the classes. Each sample is read once."""
+    """Return inputs, targets and, if the Dataset has them, the class names. Each sample is read once."""
     names = tuple(map(str, getattr(data, "classes", ()) or ()))
     if isinstance(data, TensorDataset):
         if len(data.tensors) != 2:
@@ -126,21 +126,21 @@ def _samples(data: Dataset[Any], where: str, part: str) -> tuple[Any, Any, tuple
         x, y = (_array(tensor, where) for tensor in data.tensors)
         return x, y, names
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-        raise DataError(f"{where}, {part}: the Dataset must have a length and be read by index")
+        raise DataError(f"{where}, {part}: the Dataset must have a length and support indexing")
     if len(data) == 0:
-        raise DataError(f"{where}, {part}: there are none")
+        raise DataError(f"{where}, {part}: there are no samples")
     samples = [_sample(data[i], i, where, part) for i in range(len(data))]
     for i in range(min(_TWICE, len(samples))):
         again = _sample(data[i], i, where, part)
         if again[0].shape != samples[i][0].shape or not np.array_equal(again[0], samples[i][0]):
             raise DataError(
-                f"{where}, {part}: sample {i} differs when it is read again; samples are read once, so leave random "
-                "augmentation out (--flip and --crop augment images)"
+                f"{where}, {part}: sample {i} differs when it is read again; samples are read once, so remove random "
+                "augmentation (--flip and --crop augment images)"
             )
     shapes = {x.shape: i for i, (x, _) in reversed(list(enumerate(samples)))}
     if len(shapes) > 1:
         (a, i), (b, j) = sorted(shapes.items(), key=lambda item: item[1])[:2]
-        raise DataError(f"{where}, {part}: sample {i} has shape {a}, sample {j} {b}; all must have one")
+        raise DataError(f"{where}, {part}: sample {i} has shape {a}, sample {j} has {b}; all must have the same shape")
     return np.stack([x for x, _ in samples]), np.array([y for _, y in samples]), names
 
 
@@ -149,6 +149,6 @@ def _sample(sample: Any, index: int, where: str, part: str) -> tuple[Any, Any]:
         raise DataError(f"{where}, {part}: samples must be (input, target); sample {index} has type {type(sample).__name__}")
     x, y = sample
     if type(x).__module__.startswith("PIL"):
-        raise DataError(f"{where}, {part}: sample {index} is a PIL image; turn it into a tensor of floats")
+        raise DataError(f"{where}, {part}: sample {index} is a PIL image; convert it to a float tensor")
     x, y = _array(x, where), _array(y, where)
     return (x[()] if x.ndim == 0 else x), (y[()] if y.ndim == 0 else y)

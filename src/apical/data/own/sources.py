@@ -1,6 +1,7 @@
 """A user's own data: FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION, or Datasets in memory, as tensors.
 
-What files hold is standardised by the training samples; what code returns is used as it is. Nothing is unpickled.
+Data from files are standardised with the statistics of the training samples; data from code are used unchanged. Nothing is
+unpickled.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from apical.data.text.sequences import Make
 from apical.errors import DataError
 
 IN_MEMORY = "in-memory:"
-"""How names of data begin that only this process has."""
+"""Prefix of the names of data that exist only in this process."""
 
 FORMS = "FILE.npz, FILE.csv, FILE.txt, a FOLDER of images, FILE.py:FUNCTION"
 _TEXT = ".txt"
@@ -37,7 +38,7 @@ _read: dict[tuple[object, ...], Samples] = {}
 
 
 def is_own(name: str) -> bool:
-    """Whether a name, which is no data set's, can only mean the user's own data."""
+    """Return whether a name that is not a built-in data set can only refer to the user's own data."""
     return (
         name.startswith(IN_MEMORY)
         or own_code.is_code(name)
@@ -48,27 +49,27 @@ def is_own(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """The same name, whatever the current folder."""
+    """Return the name with an absolute path, so that it does not depend on the working directory."""
     if name.startswith(IN_MEMORY):
         return name
     return own_code.absolute(name) if own_code.is_code(name) else str(Path(name).expanduser().resolve())
 
 
 def read(name: str, *, numbers: bool = False) -> Samples:
-    """The data that a name outside the catalogue stands for; what is unchanged is read once in a process.
+    """Read the data of a name outside the catalogue; unchanged data are read once per process.
 
     Args:
-        name: a file, a folder, code, or what :func:`remember` returned.
-        numbers: whole numbers as targets are numbers to be approximated instead of classes.
+        name: a file, a folder, code, or a name returned by :func:`remember`.
+        numbers: treat integer targets as regression targets instead of classes.
 
     Raises:
-        DataError: it is not there, or not usable; says where and why.
+        DataError: the data do not exist or are not usable; says where and why.
     """
     if name.startswith(IN_MEMORY):
         if name not in _memory:
             raise DataError(
-                f"the data {name!r} were in the memory of the program that began this; "
-                "give them again, with apical.compare(..., resume=True)"
+                f"the data {name!r} existed only in the memory of the program that started this run; "
+                "pass them again to apical.compare(..., resume=True)"
             )
         return _memory[name]
     if own_code.is_code(name):
@@ -77,7 +78,7 @@ def read(name: str, *, numbers: bool = False) -> Samples:
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
     if not path.exists():
-        raise DataError(f"--data {name}: there is no such file or folder")
+        raise DataError(f"--data {name}: no such file or folder")
     if path.is_dir():
         return _once(
             (str(path.resolve()), numbers, *_state(file for depth in ("*/*", "*/*/*") for file in path.glob(depth))),
@@ -85,27 +86,27 @@ def read(name: str, *, numbers: bool = False) -> Samples:
             numbers,
         )
     if suffix not in (".npz", ".csv"):
-        raise DataError(f"--data {name}: this kind of file is not read; give {FORMS}")
+        raise DataError(f"--data {name}: unsupported kind of file; pass {FORMS}")
     reader = files.read_npz if suffix == ".npz" else files.read_csv
     return _once((str(path.resolve()), numbers, *_state([path])), lambda: reader(path), numbers)
 
 
 def text_reader(name: str) -> Make | None:
-    """What makes windows of the text file that a name says; None for other data.
+    """Return a function that makes windows of the text file `name`; None for other data.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     if name.startswith(IN_MEMORY) or own_code.is_code(name) or not name.lower().endswith(_TEXT) or Path(name).is_dir():
         return None
     path = Path(name).expanduser()
     if not path.is_file():
-        raise DataError(f"--data {name}: there is no such file or folder")
+        raise DataError(f"--data {name}: no such file or folder")
     return partial(text_files.read, path)
 
 
 def _state(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a file does."""
+    """Return a fingerprint that changes when a file does."""
     states = [(str(path), path.lstat()) for path in paths]
     return tuple(sorted((name, state.st_mtime_ns, state.st_size) for name, state in states))
 
@@ -119,14 +120,14 @@ def _once(key: tuple[object, ...], make: sets.Make, numbers: bool) -> Samples:
 
 
 def remember(value: object, *, numbers: bool = False) -> str:
-    """Keep Datasets, tensors or arrays of this process; returns the name by which :func:`read` knows them."""
+    """Register in-memory Datasets, tensors or arrays; return the name under which :func:`read` finds them."""
     name = IN_MEMORY + type(value[0] if isinstance(value, tuple | list) and value else value).__name__
     _memory[name] = finish(sets.from_value(value, "data"), numbers)
     return name
 
 
 def finish(raw: Raw, numbers: bool = False) -> Samples:
-    """Split, number the classes, check, standardise, and say what was understood.
+    """Split, number the classes, check and standardise the data, and describe how they were interpreted.
 
     Raises:
         DataError: see :func:`read`.
@@ -164,12 +165,12 @@ def finish(raw: Raw, numbers: bool = False) -> Samples:
 
 
 def _inputs(values: NDArray[Any], where: str, precision: DTypeLike) -> Tensor:
-    """Inputs (N, ...) of that precision; 64-bit integers, such as numbers of words, stay."""
+    """Return inputs (N, ...) in the given precision; 64-bit integers, such as word indices, are kept."""
     if values.dtype.kind not in "uifb":
         raise DataError(f"{where}: inputs must be numbers; got {values.dtype}")
     if values.ndim == 1:
         values = values[:, None]
-    with np.errstate(over="ignore"):  # what is not finite then is refused
+    with np.errstate(over="ignore"):  # non-finite values raise an error later
         numbers = values if values.dtype == np.int64 else values.astype(precision)
     return torch.from_numpy(np.require(numbers, requirements=["C", "W"]))
 
@@ -177,9 +178,9 @@ def _inputs(values: NDArray[Any], where: str, precision: DTypeLike) -> Tensor:
 def _standardised(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-    """Inputs with mean 0 and deviation 1 over the training samples, of each channel (N, C, H, W) or of each last entry.
+    """Standardise inputs to mean 0 and deviation 1 over training samples, per channel (N, C, H, W) or per last entry.
 
-    And which of these are constant, to rounding: they get mean 0.
+    Also return which of these are constant up to rounding; they get mean 0.
     """
     x = train[0].double()
     mean, std, constant = moments(x, (0, 2, 3) if x.dim() == 4 else tuple(range(x.dim() - 1)))
@@ -188,9 +189,9 @@ def _standardised(
 
 
 def moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and deviations over axes that stay, and which are constant, to rounding: these have deviation 1."""
+    """Return means and deviations over axes, kept, and which are constant up to rounding; these have deviation 1."""
     largest = x.abs().amax(axes, keepdim=True)
-    # a power of two, by which one divides without rounding, so that no square leaves the range of float64
+    # dividing by a power of two does not round, and keeps squares in the range of float64
     unit = torch.exp2(torch.frexp(largest).exponent.double() - 1)
     mean, std = (x / unit).mean(axes, keepdim=True) * unit, (x / unit).std(axes, keepdim=True, correction=0) * unit
     constant = std <= 1e-12 * largest

@@ -1,4 +1,4 @@
-"""Targets of a user's own data: whether they are classes or numbers, and samples set aside for testing."""
+"""Targets of user data: detect classes or numbers, and set samples aside for testing."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,23 +12,23 @@ from apical.errors import DataError
 
 Array = NDArray[Any]
 SHARE = 0.2
-"""Share of the samples that are set aside for testing where the data have no test samples."""
+"""Share of the samples set aside for testing if the data have no test samples."""
 _LISTED = 8
 
 
 class Raw(NamedTuple):
-    """What a reader found.
+    """Output of a reader.
 
     Attributes:
-        inputs: of training and, unless there are none, test samples, each (N, ...).
-        targets: likewise, as they stand in the data.
-        where: the data's name, for messages.
-        source: where from, in words.
-        standardise: inputs shall get mean 0 and deviation 1.
-        names: of the classes 0, 1, ... where the data say them.
-        notes: what was chosen, each in a few words.
-        parts: what training and test samples are called in messages.
-        exact: texts of targets have become real numbers where they were written as such.
+        inputs: inputs of training and, if present, test samples, each (N, ...).
+        targets: targets of the same samples, unconverted.
+        where: name of the data, for messages.
+        source: origin of the data, in words.
+        standardise: whether to scale inputs to mean 0 and deviation 1.
+        names: names of the classes 0, 1, ... if the data give them.
+        notes: choices that were made, each in a few words.
+        parts: names of training and test samples in messages.
+        exact: whether textual targets have been converted to real numbers if they were written as such.
     """
 
     inputs: tuple[Array, Array | None]
@@ -43,7 +43,7 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels 0, 1, ... (N,) int64 or numbers (N, M) float32 of training and, unless there are none, test samples."""
+    """Labels 0, 1, ... (N,) int64 or numbers (N, M) float32 of training and, if present, test samples."""
 
     values: list[Array]
     classes: int
@@ -53,7 +53,7 @@ class Targets:
     notes: list[str] = field(default_factory=list)
 
     def check_seen(self, train: Tensor, test: Tensor, where: str) -> None:
-        """Refuse test samples of a class that no training sample has.
+        """Raise an error if a test sample has a class that no training sample has.
 
         Raises:
             DataError: names the class.
@@ -68,13 +68,13 @@ class Targets:
 
 
 def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
-    """Targets as numbers or as classes 0, 1, ..., and the data with them.
+    """Convert targets to numbers or to classes 0, 1, ...; return them with the data.
 
     Args:
-        numbers: whole numbers are numbers to be approximated.
+        numbers: treat integer targets as regression targets.
 
     Raises:
-        DataError: they are neither, or there are as good as as many classes as samples.
+        DataError: targets are neither classes nor numbers, or there are almost as many classes as samples.
     """
     parts = [
         _plain(np.asarray(y), f"{raw.where}, {part}")
@@ -83,17 +83,17 @@ def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
     ]
     for y, x, part in zip(parts, raw.inputs, raw.parts, strict=False):
         if x is not None and not x.shape:
-            raise DataError(f"{raw.where}, {part}: the inputs are a single number; give one row for each sample")
+            raise DataError(f"{raw.where}, {part}: the inputs are a single number; provide one row per sample")
         if x is not None and len(x) != len(y):
             hint = (
                 "" if len(parts) == 1 else "; four arrays are training inputs, training targets, test inputs, test targets"
             )
             raise DataError(f"{raw.where}, {part}: {len(x):,} inputs but {len(y):,} targets{hint}")
         if len(y) == 0:
-            raise DataError(f"{raw.where}, {part}: there are none")
+            raise DataError(f"{raw.where}, {part}: there are no samples")
     kinds = {"number" if y.dtype.kind == "f" else "text" if y.dtype.kind in "US" else "whole" for y in parts}
     if len(kinds) > 1 and kinds != {"number", "whole"}:
-        raise DataError(f"{raw.where}: some targets are texts and some are numbers")
+        raise DataError(f"{raw.where}: some targets are strings and some numbers")
     wide = [y.shape[1] for y in map(np.asarray, raw.targets) if y.ndim == 2]
     if kinds == {"whole"} and len(set(wide)) > 1:
         raise DataError(f"{raw.where}: one-hot rows of training and test targets have {wide[0]} and {wide[1]} columns")
@@ -103,16 +103,14 @@ def number_classes(raw: Raw, *, numbers: bool) -> tuple[Raw, Targets]:
 
 
 def _plain(y: Array, where: str) -> Array:
-    """Targets of a usable kind: without an empty second dimension, and one-hot rows as classes."""
+    """Return targets without a second dimension of size one, and one-hot rows as classes."""
     if y.dtype.kind not in "biufUS":
-        raise DataError(f"{where}: targets must be whole numbers, texts or real numbers; got {y.dtype}")
+        raise DataError(f"{where}: targets must be integers, strings or real numbers; got {y.dtype}")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 2 and y.dtype.kind in "biu":
         if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
-            raise DataError(
-                f"{where}: whole numbers of shape {y.shape} are no labels: give (N,), or one-hot rows, or floats"
-            )
+            raise DataError(f"{where}: integers of shape {y.shape} are not labels: provide (N,), one-hot rows, or floats")
         labels: Array = y.argmax(1)
         return labels
     if y.ndim == 0 or (y.ndim != 1 and y.dtype.kind != "f") or y.ndim > 2:
@@ -121,11 +119,11 @@ def _plain(y: Array, where: str) -> Array:
 
 
 def _texts(y: Array, where: str) -> Array:
-    """Bytes as texts."""
+    """Decode bytes to strings."""
     try:
         return np.char.decode(y, "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the labels are bytes that are not UTF-8 ({error}); give texts") from error
+        raise DataError(f"{where}: the labels are bytes that are not UTF-8 ({error}); provide strings") from error
 
 
 def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
@@ -133,7 +131,7 @@ def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
         values = [y.astype(np.float32).reshape(len(y), -1) for y in parts]
     wide = {y.shape[1] for y in values}
     if len(wide) > 1:
-        raise DataError(f"{raw.where}: training and test targets have different shapes, {values[0].shape} {values[1].shape}")
+        raise DataError(f"{raw.where}: training and test targets differ in shape, {values[0].shape} and {values[1].shape}")
     for y, part in zip(values, raw.parts, strict=False):
         wrong = ~np.isfinite(y).all(1)
         if wrong.any():
@@ -141,14 +139,14 @@ def _as_numbers(parts: list[Array], raw: Raw) -> Targets:
     notes = []
     few = len(np.unique(values[0], axis=0)) <= _most_classes(len(values[0]))
     if few and (values[0] == np.round(values[0])).all() and any(y.dtype.kind == "f" for y in parts):
-        notes.append("all of them are whole: write labels as integers if they are classes")
+        notes.append("all targets are whole numbers: write them as integers if they are classes")
     elif values[0].std() > 100:
-        notes.append(f"targets have a deviation of {values[0].std():.3g}: consider to rescale them")
+        notes.append(f"targets have a deviation of {values[0].std():.3g}: consider rescaling them")
     return Targets(values, values[0].shape[1], are_numbers=True, notes=notes)
 
 
 def _most_classes(samples: int) -> int:
-    """So many different targets may be classes."""
+    """Return the largest number of distinct targets that count as classes."""
     return max(4, samples // 2)
 
 
@@ -161,11 +159,11 @@ def _as_classes(parts: list[Array], raw: Raw) -> Targets:
         raise DataError(f"{raw.where}: a sample has an empty label")
     labels = np.unique(np.concatenate(parts))
     if whole and train.dtype.kind == "i" and labels[0] < 0 and list(labels) != [-1, 1]:
-        raise DataError(f"{raw.where}: label {labels[0]} is negative; number classes from 0 on")
+        raise DataError(f"{raw.where}: label {labels[0]} is negative; number classes from 0")
     if len(labels) < 2:
         raise DataError(f"{raw.where}: all samples have the same label, {labels[0]!s}")
     if len(labels) > _most_classes(len(train)):
-        remedy = "for regression give floats, or --loss mse" if whole else "name the column with the label target"
+        remedy = "for regression use floats or --loss mse" if whole else "name the label column target"
         told = "".join(f", where {note}" for note in raw.notes if note.startswith("the label is"))
         raise DataError(f"{raw.where}: {len(labels):,} different labels in {len(train):,} training samples{told}; {remedy}")
     values = [np.searchsorted(labels, y).astype(np.int64) for y in parts]
@@ -181,9 +179,9 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def divide(y: Array, *, stratify: bool, where: str) -> tuple[Tensor, Tensor, str]:
-    """Indices of training and test samples, always the same for the same targets, and a note.
+    """Return indices of training and test samples, determined by the targets, and a note.
 
-    With `stratify` every class gives its share to both.
+    With `stratify`, each class is split in the same proportion.
 
     Raises:
         DataError: there are too few samples.

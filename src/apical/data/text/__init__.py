@@ -1,1 +1,1 @@
-"""Sequences of tokens: texts, tasks that are generated, and what counting predicts of them."""
+"""Sequences of tokens: texts, generated tasks, and count-based baselines."""

@@ -1,4 +1,4 @@
-"""What counting predicts of the next token: the baselines that a net on text has to be held against."""
+"""Count-based predictions of the next token: the baselines for a network on text."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,19 @@ from torch import Tensor
 from apical.data.dataset import Split
 
 PRIOR = 0.5
-"""Added to the count of each token behind one token."""
+"""Added to the count of each token that follows one token."""
 BACKING = 5.0
-"""How many sightings of two tokens the bigram's word on the third is worth."""
+"""Weight of the bigram in the trigram, as a number of occurrences of the two context tokens."""
 
 
 def count_losses(train: Split, test: Split, vocabulary: int) -> dict[str, float]:
-    """Cross-entropy in nats per token, on the positions of `test` (N, T), of tables counted on `train`.
+    """Return the cross-entropy in nats per token on `test` (N, T) of n-gram tables counted on `train`.
 
-    The unigram knows how common tokens are; the bigram the token before; the trigram the two before, interpolated with the
-    bigram, which stands in at the first position of a window, as a net sees nothing before it either.
+    The unigram uses token frequencies, the bigram the previous token, and the trigram the previous two, interpolated with
+    the bigram. The bigram replaces it at the first position of a window, where a network has no earlier context either.
 
     Args:
-        train: windows of tokens and the tokens behind each.
+        train: windows of tokens and the next token at each position.
 
     >>> ones = Split(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long))
     >>> round(count_losses(ones, ones, 2)["unigram"], 3)
@@ -38,7 +38,7 @@ def count_losses(train: Split, test: Split, vocabulary: int) -> dict[str, float]
 
 
 def _trigram(train: Split, test: Split, V: int, backed: Tensor) -> Tensor:
-    """Probabilities (N, T) of the targets behind two tokens, `(c(abx) + k p(x|b)) / (c(ab) + k)`; counts kept sparse."""
+    """Return probabilities (N, T) of targets given two tokens, `(c(abx) + k p(x|b)) / (c(ab) + k)`, from sparse counts."""
     before, test_contexts = _contexts(train.inputs, V), _contexts(test.inputs, V)
     keys, counts = (before * V + train.targets[:, 1:]).flatten().unique(return_counts=True)
     context_keys, context_counts = before.flatten().unique(return_counts=True)
@@ -49,7 +49,7 @@ def _trigram(train: Split, test: Split, V: int, backed: Tensor) -> Tensor:
 
 
 def _contexts(tokens: Tensor, V: int) -> Tensor:
-    """A number for the two tokens up to each position but the first: (N, T) -> (N, T - 1)."""
+    """Encode the two tokens up to each position except the first as one number: (N, T) -> (N, T - 1)."""
     return tokens[:, :-1] * V + tokens[:, 1:]
 
 
@@ -58,7 +58,7 @@ def _counted(values: Tensor, size: int) -> Tensor:
 
 
 def _looked_up(wanted: Tensor, keys: Tensor, counts: Tensor) -> Tensor:
-    """Count of each wanted key, 0 where it was not seen."""
+    """Return the count of each wanted key, 0 if it was not seen."""
     places = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
     return torch.where(keys[places] == wanted, counts[places], 0).double()
 

@@ -1,4 +1,4 @@
-"""A text file of the user's."""
+"""A user's text file."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from apical.data.text.sequences import Level, of_text
 from apical.errors import DataError
 
 SHARE = 0.1
-"""Share of a text, its end, that is set aside for testing."""
+"""Share of a text, at its end, that is set aside for testing."""
 
 
 def read(path: Path, context: int, level: Level) -> Samples:
-    """Windows of a UTF-8 text, the last tenth of which is test text.
+    """Read windows of a UTF-8 text; the last tenth is test text.
 
     Raises:
-        DataError: it is no text, or too short.
+        DataError: the file is not text, or too short.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,4 +1,4 @@
-"""The text that every Python brings along: sources of its own standard library."""
+"""A text that comes with every Python: sources of its standard library."""
 
 import sysconfig
 from functools import lru_cache
@@ -17,21 +17,21 @@ _MODULES = (
     "unittest/mock urllib/request uuid warnings weakref zipfile "
 )
 MODULES = tuple(_MODULES.split())
-"""Modules whose sources are read, those of them that this Python has; every tenth of these is test text."""
+"""Modules whose sources are read, if this Python has them; every tenth of those is test text."""
 _EVERY = 10
 
 
 def texts() -> tuple[str, str]:
-    """Training text and test text.
+    """Return the training text and the test text.
 
     Raises:
-        DataError: this Python came without its sources.
+        DataError: this Python was installed without its sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = [path for name in MODULES if (path := folder / f"{name}.py").is_file()]
     if len(files) < _EVERY:
         raise DataError(
-            f"text-python: {folder} lacks the sources of Python's standard library; give a text, --data FILE.txt"
+            f"text-python: {folder} lacks the sources of Python's standard library; pass your own text with --data FILE.txt"
         )
     read = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
     test = read[_EVERY - 1 :: _EVERY]
@@ -40,7 +40,7 @@ def texts() -> tuple[str, str]:
 
 @lru_cache(maxsize=2)
 def make(context: int, level: Level) -> Samples:
-    """Windows of those texts.
+    """Return windows of these texts.
 
     Raises:
         DataError: see :func:`texts`.

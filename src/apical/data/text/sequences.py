@@ -1,4 +1,4 @@
-"""Texts as windows of tokens: each holds `context` tokens and, as targets, the tokens that follow each of them."""
+"""Texts as windows of tokens: each has `context` tokens and, as targets, the token that follows each of them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from apical.errors import ConfigError, DataError
 
 Level = Literal["characters", "bytes"]
 COMMON = 95
-"""Characters that are told apart; all others are one token."""
+"""Maximum number of distinct characters; all others share one token."""
 OTHER = "�"
-"""How the token of all other characters is written."""
+"""Name of the token for all other characters."""
 
 
 Make = Callable[[int, Level], Samples]
-"""Maps the number of tokens in a window, and what a token is, to sequences."""
+"""Maps the tokens per window and the kind of token to sequences."""
 
 
 def of_text(train: str, test: str, context: int, level: Level, *, where: str, source: str) -> Samples:
-    """Windows of two texts; characters that the training text lacks are the other one.
+    """Return windows of two texts; characters that the training text lacks become the token for others.
 
     Raises:
         ConfigError: the context is not positive.
@@ -42,8 +42,8 @@ def of_text(train: str, test: str, context: int, level: Level, *, where: str, so
     for part, tokens in zip(("training", "test"), codes, strict=True):
         if len(tokens) <= context:
             raise DataError(
-                f"{where}: {len(tokens):,} {level} of {part} text are too few for a window of {context} and a token "
-                "behind it; give a longer text, or a smaller --context"
+                f"{where}: {len(tokens):,} {level} of {part} text are too few for a window of {context} and the token "
+                "after it; use a longer text or a smaller --context"
             )
     digest = hashlib.sha256(f"{train}\0{test}".encode(errors="surrogatepass")).hexdigest()[:16]
     sizes = f"{len(codes[0]):,} training and {len(codes[1]):,} test {level}"
@@ -53,7 +53,7 @@ def of_text(train: str, test: str, context: int, level: Level, *, where: str, so
 
 
 def common(text: str) -> str:
-    """The commonest characters of a text, at most :data:`COMMON`; of equally common ones the smaller first.
+    """Return the most common characters of a text, at most :data:`COMMON`; ties are sorted by code point.
 
     >>> common("abacab")
     'abc'
@@ -64,7 +64,7 @@ def common(text: str) -> str:
 
 
 def encoded(text: str, known: Sequence[str]) -> Tensor:
-    """Tokens (characters,) of a text: the place of each in `known`, or behind the last.
+    """Return the tokens (characters,) of a text: the index of each in `known`, or `len(known)` if it is not there.
 
     >>> encoded("cat", "abc").tolist()
     [2, 0, 3]
@@ -78,12 +78,12 @@ def encoded(text: str, known: Sequence[str]) -> Tensor:
 
 
 def decoded(tokens: Sequence[int], names: Sequence[str]) -> str:
-    """The text of tokens."""
+    """Return the text of tokens."""
     return "".join(names[token] for token in tokens)
 
 
 def windows(tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Windows side by side (N, context), and the token behind each of their tokens (N, context); a rest is left out.
+    """Return adjacent windows (N, context) and the token after each of their tokens (N, context); drop any remainder.
 
     >>> [part.tolist() for part in windows(torch.arange(6), 2)]
     [[[0, 1], [2, 3]], [[1, 2], [3, 4]]]

@@ -1,4 +1,4 @@
-"""Tasks on sequences that need a memory: copy what was said, and recall what went with a key. Made, always the same."""
+"""Generated sequence tasks that need memory: copy a word, and recall the value of a key. They are always the same."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from apical.errors import ConfigError
 
 TRAIN, TEST = 20_000, 1_000
 NONE = -100
-"""Target of a position that asks for nothing; what PyTorch's cross-entropy leaves out."""
+"""Target of a position without a target; PyTorch's cross-entropy ignores it."""
 SYMBOLS = 8
 KEYS = 16
 _SEEDS = (0, 1)
@@ -19,34 +19,34 @@ _SEEDS = (0, 1)
 
 @lru_cache(maxsize=2)
 def make_copy(context: int, level: Level) -> Samples:
-    """Copy: a word of T/2 symbols out of 8, a cue, blanks; from the cue on, the word is to be said again.
+    """Build the copy task: a word of T/2 symbols out of 8, a cue, blanks; the targets from the cue on are the word.
 
     Raises:
-        ConfigError: the context has no room for a word.
+        ConfigError: the context is too short for a word.
     """
     if context < 2:
         raise ConfigError(f"copy needs a --context of at least 2, got {context}")
     train, test = (copying(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
-    about = f"copy: words of {context // 2} symbols out of {SYMBOLS}, said again after a cue"
+    about = f"copy: words of {context // 2} symbols out of {SYMBOLS}, to be repeated after a cue"
     return Samples(train, test, SYMBOLS + 2, (), about, "", "made by apical")
 
 
 @lru_cache(maxsize=2)
 def make_recall(context: int, level: Level) -> Samples:
-    """Recall: T/4 keys, each with a value behind it, then the keys in another order: behind each its value is to be said.
+    """Build the recall task: T/4 keys, each followed by its value, then the keys shuffled; the target at each is its value.
 
     Raises:
-        ConfigError: the context has no room for a pair, or for more pairs than there are keys.
+        ConfigError: the context is too short for a pair, or has more pairs than there are keys.
     """
     if not 4 <= context < 4 * (KEYS + 1):
         raise ConfigError(f"recall has 1 to {KEYS} pairs and needs a --context of 4 to {4 * KEYS + 3}, got {context}")
     train, test = (recalling(size, context, seed) for size, seed in zip((TRAIN, TEST), _SEEDS, strict=True))
-    about = f"recall: {context // 4} pairs of {KEYS} keys and {KEYS} values, then each key asks for its value"
+    about = f"recall: {context // 4} pairs of {KEYS} keys and {KEYS} values, then each key as a query for its value"
     return Samples(train, test, 2 * KEYS + 1, (), about, "", "made by apical")
 
 
 def copying(size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (size, context) and targets (size, context). Tokens 0..7 are symbols, 8 is blank, 9 the cue.
+    """Return tokens (size, context) and targets (size, context). Tokens 0..7 are symbols, 8 is blank, 9 the cue.
 
     >>> tokens, targets = copying(1, 6, 0)
     >>> tokens[0, 3:].tolist(), bool((targets[0, 3:] == tokens[0, :3]).all()), targets[0, :3].tolist()
@@ -62,7 +62,7 @@ def copying(size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def recalling(size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens (size, context) and targets (size, context). Tokens 0..15 are keys, 16..31 values, 32 is blank.
+    """Return tokens (size, context) and targets (size, context). Tokens 0..15 are keys, 16..31 values, 32 is blank.
 
     >>> tokens, targets = recalling(1, 4, 0)
     >>> bool(tokens[0, 2] == tokens[0, 0]), bool(targets[0, 2] == tokens[0, 1] == tokens[0, 3])
