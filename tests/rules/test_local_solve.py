@@ -469,7 +469,7 @@ def test_refusals() -> None:
         LocalSolve(apical.KolenPollack(mlp(6, 5, 4)))
     with pytest.raises(ConfigError, match="reduction='sum'"):
         LocalSolve(apical.Backprop(mlp(6, 4), nn.CrossEntropyLoss(reduction="sum")))
-    with pytest.raises(ConfigError, match="around a rule once"):
+    with pytest.raises(ConfigError, match="already wrapped in LocalSolve"):
         LocalSolve(WrappedRule(LocalSolve(apical.Backprop(mlp(6, 4)))))
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(UnsupportedModelError, match=r"'0' \(Conv2d, 2 groups\)"):

@@ -429,7 +429,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="staged"):
         PredictiveCoding(mlp(), inference="staged", steps=9)
     for inference in ("staged", "fixed-prediction", "incremental"):
-        with pytest.raises(ConfigError, match=f"momentum and tolerance are for .* not '{inference}'"):
+        with pytest.raises(ConfigError, match=f"momentum and tolerance apply to .* not '{inference}'"):
             PredictiveCoding(mlp(), inference=inference, momentum=0.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="reduction"):
         PredictiveCoding(mlp(), loss=nn.CrossEntropyLoss(reduction="sum"))

@@ -73,7 +73,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ApicalError], str]] = {
         lambda: apical.SemiImplicit(
             nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 4))
         ),
-        *(UnsupportedModelError, "layer '4' (Linear) is not a matrix on vectors"),
+        *(UnsupportedModelError, "layer '4' (Linear) is not a Linear layer on vectors"),
     ),
     "times of other inputs": (lambda: SpikingLinear(3, 2)(torch.rand(2, 5)), ConfigError, "times (batch, 3), not (2, 5)"),
     "static keys": (static_keys, UnsupportedModelError, "static keys or values of attention are not supported"),

@@ -137,21 +137,21 @@ class CorInfoMax(CreditRule):
         whole = isinstance(free_steps, int) and isinstance(nudged_steps, int)
         if not (0 < forgetting <= 1 and whole and min(free_steps, nudged_steps) >= 1):
             raise ConfigError(
-                f"forgetting must be in (0, 1] and steps whole numbers from 1, got forgetting={forgetting}, "
+                f"forgetting must be in (0, 1] and steps whole numbers of at least 1, got forgetting={forgetting}, "
                 f"free_steps={free_steps}, nudged_steps={nudged_steps}"
             )
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         for stage in stages:
             if not stage.is_dense:
-                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; corinfomax needs these")
+                raise UnsupportedModelError(f"layer {stage.name!r} is not a Linear layer on vectors, as corinfomax needs")
             phi = stage.activation
             bent = isinstance(phi, nn.Hardtanh) and not (phi.min_val == 0 and phi.max_val >= 1)
             if bent or not isinstance(phi, nn.ReLU | nn.Hardtanh | nn.Identity):
                 kind = repr(phi) if bent else type(phi).__name__
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's "
-                    "activities live in: use ReLU or Hardtanh(0, 1) there"
+                    f"the activation after layer {stage.name!r} ({kind}) does not fit the range [0, 1] of corinfomax's "
+                    "activities: use ReLU or Hardtanh(0, 1) there"
                 )
         for name, given, count in (("sparse", sparse, len(stages)), ("rates", rates, len(stages))):
             if len(given) not in (0, count):
@@ -184,7 +184,7 @@ class CorInfoMax(CreditRule):
         boxed = [stage.name for stage in self.chain.stages if not isinstance(stage.activation, nn.Hardtanh)]
         if not boxed or self.sparse:
             return []
-        return [f"activities of {' and '.join(boxed)} live in [0, 1], whatever activation stands behind them"]
+        return [f"activities of {' and '.join(boxed)} stay in [0, 1], whatever activation follows these layers"]
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """W^b_1..W^b_{K-1}."""
@@ -217,7 +217,7 @@ class CorInfoMax(CreditRule):
 
     def _free(self, x: Tensor) -> Layers:
         if x.dim() != 2:
-            raise UnsupportedModelError(f"CorInfoMax takes samples of one axis, (batch, inputs), not {tuple(x.shape)}")
+            raise UnsupportedModelError(f"CorInfoMax takes inputs of shape (batch, inputs), not {tuple(x.shape)}")
         u = [x.new_zeros(len(x), stage.size) for stage in self.chain.stages]
         start = Layers(u, list(u), [x.new_zeros(len(x), 1) for _ in self.sparse])
         return self.settle(x, start, self.free_steps)

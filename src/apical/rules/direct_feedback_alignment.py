@@ -238,9 +238,9 @@ class DirectFeedbackAlignment(CutRule):
         units = [] if self._separation is None else self._separation.units
         if self.where == "input" or self._inner or len(units) != len(self._blocks) - 1:
             raise UnsupportedModelError(
-                "direct feedback alignment learns by parts where every block but the last is one unit that ends with an "
+                "direct feedback alignment learns by parts only if every block but the last is one unit that ends with an "
                 f"activation; here {len(self._blocks)} blocks have {len(units)} units. Leave out leaky, inside and units, "
-                "and put one activation behind each layer"
+                "and put one activation after each layer"
             )
         activities: dict[int, Tensor] = {}
         with torch.no_grad():
@@ -316,7 +316,7 @@ class DirectFeedbackAlignment(CutRule):
         projection = cast(Tensor, self.projection)
         if projection.shape[0] != outputs:
             raise ConfigError(
-                f"the feedback is for {projection.shape[0]} outputs, and the loss reads {outputs}; make a new rule"
+                f"the feedback has {projection.shape[0]} outputs, but the loss reads {outputs}; create a new rule"
             )
         return projection
 
@@ -331,8 +331,8 @@ class DirectFeedbackAlignment(CutRule):
             if geometry(layer) is None and computes_plainly(layer) and layer.weight.shape[0] == outputs:
                 return layer
         raise UnsupportedModelError(
-            "source='head' sends the error through the weight of the Linear layer whose output is the model's, and there is "
-            "none; pass source='factored'"
+            "source='head' sends the error through the Linear layer that returns the model's output, but there is "
+            "no such layer; pass source='factored'"
         )
 
     def _hears_itself(self, cut: Cut) -> bool:
@@ -361,7 +361,7 @@ class DirectFeedbackAlignment(CutRule):
         if name in paths and self._at(name) not in self.feedback._buffers:
             above = sorted({self.first_use(unit) for units, _ in paths[name] for unit in units})
             if len(above) != 1 or not above[0]:
-                has = "learns by its exact gradient" if above == [""] else f"hears the units {', '.join(map(repr, above))}"
+                has = "learns by its exact gradient" if above == [""] else f"reads the units {', '.join(map(repr, above))}"
                 raise ConfigError(f"layer {name!r} {has}; set_feedback needs the name of one unit")
             unit = above[0]
         matrix = self.feedback._buffers.get(self._at(unit))
@@ -401,14 +401,14 @@ class DirectFeedbackAlignment(CutRule):
                 share /= _product_law(outputs, inner, cut.width)
             if self.kind == "position" and matched(errors, cut).dim() < max(3, errors.dim()):
                 raise UnsupportedModelError(
-                    f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, whose places are not those of the "
+                    f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, with other positions than the "
                     "model's output; pass feedback='auto', which sends it the sum of the errors"
                 )
             self._draw(self.first_use(cut.name), size, share, errors.device)
         elif matrix.shape != size:
             raise ConfigError(
-                f"the feedback of unit {cut.name!r} has the shape {tuple(matrix.shape)}, and this batch needs "
-                f"{tuple(size)}: maps or outputs of another size; feedback='broadcast' serves maps of any size"
+                f"the feedback of unit {cut.name!r} has the shape {tuple(matrix.shape)}, but this batch needs "
+                f"{tuple(size)}: maps or outputs have another size; feedback='broadcast' accepts maps of any size"
             )
 
     def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:
@@ -489,7 +489,7 @@ def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) 
     backward = geometry(layer)
     if backward is None or backward.transposed or pads_itself(layer):
         raise ConfigError(
-            "leaky broadcast feedback is defined for convolutions that pad evenly with zeros only; use "
+            "leaky broadcast feedback is defined only for convolutions with symmetric zero padding; use "
             'feedback="full" or leaky=False'
         )
     with torch.no_grad():

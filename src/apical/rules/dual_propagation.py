@@ -101,8 +101,8 @@ class DualPropagation(CreditRule):
         last = self.chain.stages[-1]
         if not isinstance(last.activation, nn.Identity) or last.after:
             raise UnsupportedModelError(
-                f"an activation or pooling follows the last layer {last.name!r}, whose differences are those of the loss at "
-                "its own output; put it into the loss, or end the model with another layer"
+                f"an activation or pooling follows the last layer {last.name!r}, whose differences come from the loss at "
+                "its own output; move it into the loss, or end the model with another layer"
             )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:

@@ -144,7 +144,7 @@ class ForwardForward(CreditRule):
         self.self_contrastive = negatives == "images"
         if self.self_contrastive and answers == "goodness":
             raise ConfigError(
-                "negatives='images' learns without labels, whose goodness could answer; use answers='read-out'"
+                "negatives='images' learns without labels, so goodness cannot rank classes; use answers='read-out'"
             )
         refuse_options(self, "forward-forward", ("ignore_index", "reduction") if self.self_contrastive else tuple(PLAIN))
         if alpha <= 0:
@@ -155,7 +155,7 @@ class ForwardForward(CreditRule):
         self._containers = Containers(model)
         self.classes = math.prod(self.row[-1].shape)
         if self.classes < 2:
-            raise ConfigError(f"forward-forward needs two classes or more, and the model has {self.classes} output")
+            raise ConfigError(f"forward-forward needs at least two classes, but the model has {self.classes} output")
         self.negatives, self.objective, self.alpha, self.answers = negatives, objective, alpha, answers
         default: Goodness = "mean" if self.self_contrastive or objective == "difference" else "sum"
         self.goodness = default if goodness is None else goodness
@@ -182,10 +182,10 @@ class ForwardForward(CreditRule):
         hidden = [*self.head, *(module for block in self.hidden for module in block.modules)]
         for module in (*hidden, *self.row[-1].modules):
             if is_random(module) or (is_norm(module) and module in hidden):
-                why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
+                why = "draws new random numbers" if is_random(module) else "fixes the norm of activity, the goodness"
                 raise UnsupportedModelError(
                     f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
-                    "positive and negative inputs behind it; remove it"
+                    "positive and negative inputs after it; remove it"
                 )
 
     def _theta(self, number: int, given: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -212,7 +212,7 @@ class ForwardForward(CreditRule):
         given = "the image twice in the first layer" if self.self_contrastive else "a neutral label in the input"
         if not self.self_contrastive and self.write is write_label:
             given += f", whose first {self.classes} numbers it overwrites (write= puts it elsewhere)"
-        return [f"the answer has {given}, and normalises between blocks; the model alone does neither"]
+        return [f"the answer uses {given}, and normalises between blocks; the model alone does neither"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class labels."""
@@ -361,7 +361,7 @@ class ForwardForward(CreditRule):
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         require_samples(inputs)
         if not inputs.is_floating_point():
-            raise ConfigError(f"forward-forward scales its inputs, which are {inputs.dtype}; pass floating-point numbers")
+            raise ConfigError(f"forward-forward scales its inputs; pass floating-point numbers, not {inputs.dtype}")
         if targets.is_floating_point() or targets.shape != inputs.shape[:1]:
             raise ConfigError(
                 f"forward-forward needs one class label per sample, not targets of shape {tuple(targets.shape)} and "
@@ -371,5 +371,5 @@ class ForwardForward(CreditRule):
         require_classes(targets, self.classes)
         if not self.self_contrastive and self.write is write_label and inputs[0].numel() < self.classes:
             raise ConfigError(
-                f"a label takes the place of {self.classes} input numbers, and there are {inputs[0].numel()}; pass write="
+                f"a label overwrites {self.classes} input numbers, but there are only {inputs[0].numel()}; pass write="
             )

@@ -199,13 +199,13 @@ class LocalClassifiers(CreditRule):
         self.read, self.project = nn.ModuleDict(), nn.ModuleDict()
         outputs = math.prod(self.row[-1].shape)
         if self.compares and outputs < 2:
-            raise ConfigError(f"local={local!r} compares classes, and the model has {outputs} output; use 'prediction'")
+            raise ConfigError(f"local={local!r} compares classes, but the model has {outputs} output; use 'prediction'")
         for hidden in self._hidden:
             name, like, width = key(hidden.block.name), hidden.block.like, math.prod(hidden.block.shape)
             if self.compares and width < 3:
                 raise UnsupportedModelError(
-                    f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
-                    "compares directions around their mean, which takes three; make it wider, or pass local='prediction'"
+                    f"the block of layer {hidden.block.name!r} returns {width} number(s) per sample, but local={local!r} "
+                    "compares directions around their mean, which takes three or more; widen it, or pass local='prediction'"
                 )
             if self.predicts:
                 self.read[name] = nn.Linear(

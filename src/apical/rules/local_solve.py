@@ -143,8 +143,8 @@ class Problem:
             raise _not_called(self.name, self.rule)
         if len(self.calls) > 1 and self.rule.calls_used is None:
             raise UnsupportedModelError(
-                f"layer {self.name!r} was called {len(self.calls)} times, and from which of its inputs "
-                f"{type(innermost(self.rule)).__name__} learns could not be seen on the batches so far; use another batch"
+                f"layer {self.name!r} was called {len(self.calls)} times, and which of its inputs "
+                f"{type(innermost(self.rule)).__name__} learns from could not be determined so far; use another batch"
             )
         change = self.apply(self.joined(list(gradients)))
         return tuple(
@@ -198,7 +198,7 @@ class LocalSolve(WrappedRule):
                 "FeedbackAlignment or WeightMirror"
             )
         if any(isinstance(part, LocalSolve) for part in rule.modules()):
-            raise ConfigError("the rule's gradients are solved already: put LocalSolve around a rule once")
+            raise ConfigError("the rule is already wrapped in LocalSolve: wrap a rule only once")
         refuse_options(inner, "LocalSolve", ("reduction",))
         self.damping = damping
         self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
@@ -225,7 +225,7 @@ class LocalSolve(WrappedRule):
         """
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "LocalSolve solves in the backward pass, which no compiled graph can hold; do not compile the rule, or "
+                "LocalSolve solves in the backward pass, which cannot be compiled; do not compile the rule, or "
                 "leave out fullgraph=True, and it runs eagerly"
             )
         return self._solving(inputs, targets)
@@ -295,7 +295,7 @@ class LocalSolve(WrappedRule):
             UnsupportedModelError: from none, in some layer.
         """
         if not isinstance(inputs, Tensor):
-            raise UnsupportedModelError(f"{type(self).__name__} needs inputs that are one tensor (batch, ...)")
+            raise UnsupportedModelError(f"{type(self).__name__} needs a single input tensor (batch, ...)")
         few = tree_map(lambda part: part[:PROBE] if isinstance(part, Tensor) and part.dim() else part, targets)
         try:
             measured = self._measured(inputs[:PROBE], few)
@@ -321,14 +321,14 @@ class LocalSolve(WrappedRule):
         if any(wrong):
             name = min(filter(None, wrong), key=len)[0]
             raise UnsupportedModelError(
-                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so "
+                f"the gradient that {inner} gives layer {name!r} is not computed from the layer's inputs, so "
                 f"LocalSolve cannot solve for it; {REMEDY}"
             )
         for name, (problem, _) in asked.items():
             if len(problem.calls) == 1:
                 raise UnsupportedModelError(
-                    f"whether the gradient that {inner} gives layer {name!r} is made of what the layer is given cannot be "
-                    f"seen, so LocalSolve cannot solve for it; {REMEDY}"
+                    f"whether the gradient that {inner} gives layer {name!r} is computed from the layer's inputs cannot be "
+                    f"determined, so LocalSolve cannot solve for it; {REMEDY}"
                 )
         self._unsure = True
         return measured
@@ -399,7 +399,7 @@ def _is_telling(gradient: Tensor, least: float) -> bool:
 
 def _not_called(name: str, rule: LocalSolve) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so what it learns from is not known; "
+        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so its inputs are not known; "
         f"{REMEDY}"
     )
 

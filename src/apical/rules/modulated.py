@@ -92,7 +92,7 @@ class Modulated(WrappedRule):
             raise ConfigError(f"the modulator's mode must be 'propagating' or 'local', not {mode!r}")
         if mode == "propagating" and not self.chains_errors:
             raise ConfigError(
-                f"{type(inner).__name__} sends no error from layer to layer, so a gain on it would not be passed on; use "
+                f"{type(inner).__name__} sends no error from layer to layer, so a gain would not propagate; use "
                 "mode='local'"
             )
         if mode == "local" and getattr(inner, "takes_weight_updates", False):
@@ -130,7 +130,7 @@ class Modulated(WrappedRule):
             ConfigError: before the first batch, which shows what the output layers are.
         """
         if self._hidden is None:
-            raise ConfigError("which layers are hidden is known after the first batch; call the rule on one before")
+            raise ConfigError("which layers are hidden is not known before the first batch; call the rule on a batch first")
         with torch.no_grad():
             return {name: self.modulator(self._weights(name)) for name in self._hidden}
 
@@ -192,8 +192,8 @@ class Modulated(WrappedRule):
         for name, layer in self.model.named_modules():
             if layer in layers and layer not in self._own and not computes_plainly(layer) and is_drawn(layer):
                 raise UnsupportedModelError(
-                    f"layer {name!r} makes its weight anew at every call, so gains that depend on it are not known before; "
-                    "remove what is random from the weight"
+                    f"layer {name!r} computes a new weight at every call, so its gains are not known beforehand; "
+                    "remove the randomness from the weight"
                 )
 
     def _on_output(self, name: str, gain: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Modulated(WrappedRule):
             if any(parameter.requires_grad for parameter in layer.parameters()) and not computes_plainly(layer):
                 remedy = "use mode='propagating', or " if self.chains_errors else ""
                 raise UnsupportedModelError(
-                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; "
+                    f"layer {name!r} computes with a function of its parameters, whose gradient has no row per unit; "
                     f"{remedy}remove the function"
                 )
             shape, prefix = geometry(layer), f"{name}." if name else ""
@@ -224,7 +224,7 @@ class Modulated(WrappedRule):
         """
         if torch.compiler.is_compiling():
             raise UnsupportedModelError(
-                "which layers are hidden must be seen before torch.compile: call the rule once on a batch without it"
+                "which layers are hidden must be known before torch.compile: first call the uncompiled rule on a batch"
             )
         hidden = set[str]()
         named, spared = self.model.named_parameters(remove_duplicate=False), tuple(f"{name}." for name in self.exact)
@@ -257,8 +257,8 @@ class Modulated(WrappedRule):
                 called = sum(self.layers[other]._parameters.get("weight") is weight for other, _ in calls)
                 if weight is not None and id(weight) not in others and reads[id(weight)] > called:
                     raise UnsupportedModelError(
-                        f"the weight of layer {name!r} is used outside the layer's calls too, where units get no gain; use "
-                        "a layer with a weight of its own there"
+                        f"the weight of layer {name!r} is used outside the layer's calls, where units get no gain; use "
+                        "a layer with its own weight there"
                     )
         return [name for name in self.layers if name in hidden]
 

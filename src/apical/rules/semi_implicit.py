@@ -61,7 +61,7 @@ class SemiImplicit(CreditRule):
         for stage in self.chain.stages:
             if not stage.is_dense:
                 raise UnsupportedModelError(
-                    f"layer {stage.name!r} ({type(stage.layer).__name__}) is not a matrix on vectors, for which the "
+                    f"layer {stage.name!r} ({type(stage.layer).__name__}) is not a Linear layer on vectors, for which the "
                     "proximal step is solved; use Linear layers on (batch, n)"
                 )
         self.eta, self.proximity = eta, proximity
@@ -69,7 +69,7 @@ class SemiImplicit(CreditRule):
     @property
     def remarks(self) -> list[str]:
         """Which optimiser takes the proximal step."""
-        return ["SGD with lr 1 takes semi-implicit backpropagation's step; momentum or Adam on top make it another method"]
+        return ["SGD with lr 1 takes semi-implicit backpropagation's step; with momentum or Adam it is a different method"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch, the step of every layer in it."""

@@ -165,9 +165,9 @@ class SignSymmetry(EdgeRule):
         if isinstance(compute, DrawnSigns) and torch.compiler.is_compiling():
             compute.uses += 1
             if compute.uses > row_blocks(self.layers[name]) or self.generator is not None:
-                what = f"calls layer {name!r} again" if self.generator is None else "has a generator of its own"
+                what = f"calls layer {name!r} again" if self.generator is None else "has its own generator"
                 raise UnsupportedModelError(
-                    f'sign symmetry in variant "batchwise" {what}, where no compiled graph can draw its magnitudes: train '
+                    f'sign symmetry in variant "batchwise" {what}, so a compiled graph cannot draw its magnitudes: train '
                     "without torch.compile"
                 )
         return compute, tensors
@@ -184,7 +184,7 @@ class SignSymmetry(EdgeRule):
         """
         if self.variant != "fixed":
             raise ConfigError(
-                f'sign symmetry in variant "{self.variant}" makes its feedback from the weights alone; there is nothing to '
+                f'sign symmetry in variant "{self.variant}" computes its feedback from the weights; there is nothing to '
                 'set, use variant="fixed"'
             )
         self.copy_feedback(self.magnitude, name, U.abs())

@@ -89,7 +89,7 @@ class WeightMirror(EdgeRule):
             require_affine(self, name)
         weights = {name: self.forward_weight(name) for name in self.layers}
         if any(weight.is_meta for weight in weights.values()):
-            raise ConfigError("the model is on the meta device, which holds no weights to mirror: make them on another")
+            raise ConfigError("the model is on the meta device, which holds no weights to mirror: move it to another device")
         for _ in range(steps):
             for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))

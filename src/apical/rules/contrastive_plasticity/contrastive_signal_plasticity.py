@@ -143,31 +143,31 @@ class ContrastiveSignalPlasticity(CreditRule):
         require_choice("readout", readout, ("context", "answer"))
         if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
             raise ConfigError(
-                "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
+                "steps must be a whole number >= 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
                 f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
             )
         if readout == "answer" and learn == "step":
             raise ConfigError(
-                "readout='answer' learns from all steps at once, which learn='step' cannot; use learn='stimulus'"
+                "readout='answer' learns from all steps together, which learn='step' does not allow; use learn='stimulus'"
             )
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
-            raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
+            raise ConfigError(f"levels must be 0 (continuous weights) or a whole number of at least 2; got {levels}")
         refuse_options(self, "contrastive-signal-dependent plasticity")
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         if len(stages) < 2:
-            raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden one")
+            raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden layer")
         for stage in stages:
             if not stage.is_dense:
-                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; spiking layers need these")
+                raise UnsupportedModelError(f"layer {stage.name!r} is not a Linear layer on vectors; use Linear layers")
             if not isinstance(stage.activation, BOX):
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not the rate "
-                    "between 0 and 1 of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
+                    f"the activation after layer {stage.name!r} ({type(stage.activation).__name__}) is not the firing rate, "
+                    "between 0 and 1, of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
                 )
         self.classes = stages[-1].size
         if self.classes < 2:
-            raise ConfigError(f"contrastive plasticity needs two classes or more, and the model has {self.classes} output")
+            raise ConfigError(f"contrastive plasticity needs at least two classes, but the model has {self.classes} output")
         self.negatives, self.steps, self.learn, self.contrast = negatives, steps, learn, contrast
         self.theta, self.alpha, self.mix, self.decay, self.constants = theta, alpha, mix, decay, constants
         self.readout = readout
@@ -199,17 +199,17 @@ class ContrastiveSignalPlasticity(CreditRule):
     def remarks(self) -> list[str]:
         """What the model's modules do not say."""
         behind = [s.name for s in self.chain.stages[:-1] if not isinstance(s.activation, nn.Hardtanh)]
-        said = ["the answer counts spikes; the model alone is a network of rates, which nobody trained"]
+        said = ["the answer counts spikes; the model alone is a rate network, which was not trained"]
         if behind:
-            said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
+            said.append(f"neurons of {' and '.join(behind)} spike, whatever activation follows these layers")
         if self._faint:
             said.append(
-                f"the first weights of {' and '.join(self._faint)} are small: spiking neurons hardly fire; start from "
+                f"the first weights of {' and '.join(self._faint)} are small, so spiking neurons hardly fire; start from "
                 "weights in [-1, 1], as models.spiking does (--model spiking-256-64)"
             )
         if self.repeats > 1:
-            said.append(f"each batch takes {self.repeats} steps of the optimiser, where other rules take one")
-        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off; data named ...-raw are scaled so"]
+            said.append(f"each batch takes {self.repeats} optimiser steps; other rules take one")
+        return [*said, "inputs are spike probabilities, clipped to [0, 1]; data sets named ...-raw have this range"]
 
     @property
     def names(self) -> list[str]:
@@ -317,7 +317,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """Where the batch stands; None where it begins."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "learn='step' keeps spikes from call to call, which no graph can; do not compile the rule, or use "
+                "learn='step' keeps spikes between calls, which a compiled graph cannot; do not compile the rule, or use "
                 "learn='stimulus'"
             )
         held: Held | None = self._held
@@ -325,8 +325,8 @@ class ContrastiveSignalPlasticity(CreditRule):
             return held
         self._held = None
         raise ConfigError(
-            f"learn='step' takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser after "
-            f"each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to leave a batch "
+            f"learn='step' takes {self.repeats} calls per batch (rule.repeats), with an optimiser step after "
+            f"each; a new batch came after {held.calls}. Make all calls, call rule.restart() to leave a batch "
             "early, or use learn='stimulus'"
         )
 
@@ -409,7 +409,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """For every synapse, how often its neuron fired while it was silent."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "decay counts spikes from call to call, which no graph can; do not compile the rule, or use decay=0"
+                "decay counts spikes between calls, which a compiled graph cannot; do not compile the rule, or use decay=0"
             )
         learning = {place for place, parameter in self._synapses().items() if parameter.requires_grad}
 

@@ -140,7 +140,7 @@ class CounterCurrentLearning(CreditRule):
         codes = torch.empty(0 if self.pair == "match" else math.prod(top), *top, dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes, persistent=False)  # b_L
         _one_hot(self)
-        self.register_load_state_dict_post_hook(_one_hot)  # type: ignore[no-untyped-call]  # `to_empty` leaves anything there
+        self.register_load_state_dict_post_hook(_one_hot)  # type: ignore[no-untyped-call]  # `to_empty` leaves garbage
         if orthogonal and isinstance(feedback, str):
             draw_orthogonal(self.row, self.feedback)
         if isinstance(feedback, str) and feedback == "frozen":
@@ -175,7 +175,7 @@ class CounterCurrentLearning(CreditRule):
         """A feedback network of the user's own, run once to see that its shapes fit."""
         modules = list(feedback) if isinstance(feedback, Sequence | nn.Sequential | nn.ModuleList) else []
         if len(modules) not in (len(self.row) - 1, len(self.row)) or not all(isinstance(m, nn.Module) for m in modules):
-            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that makes the input"
+            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that reconstructs the input"
             raise ConfigError(f"feedback takes {wanted}; got {len(modules)}")
         self.input_pair = len(modules) == len(self.row)
         like = self.row[-1].like
@@ -186,7 +186,7 @@ class CounterCurrentLearning(CreditRule):
             if b.shape[1:] != block.input_shape:
                 shape = tuple(b.shape[1:])
                 raise ConfigError(
-                    f"the module of feedback against layer {block.name!r} makes {shape}, not {block.input_shape}"
+                    f"the feedback module facing layer {block.name!r} returns shape {shape}, not {block.input_shape}"
                 )
         return modules
 
@@ -275,7 +275,7 @@ class CounterCurrentLearning(CreditRule):
     def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
         """See :class:`apical.core.part.Separable`; a part has the blocks of G that make the codes at its own depths."""
         if self.mask:
-            raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
+            raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn in parallel; pass mask=False")
         if part.below is None:
             targets = self._check(inputs, targets)
         follow(self._mirrors)
@@ -445,7 +445,7 @@ class CounterCurrentLearning(CreditRule):
         depth = last if depth is None else depth
         if self.pair == "match" or depth not in (*self._levels, last):
             there = "none" if self.pair == "match" else ", ".join(map(str, (*self._levels, last)))
-            raise ConfigError(f"there is no read-out at depth {depth}; there is at: {there}")
+            raise ConfigError(f"there is no read-out at depth {depth}; depths with one: {there}")
         with evaluating(self):
             return self._nearest(depth, self._activities(inputs)[depth], self.codes()[depth])
 

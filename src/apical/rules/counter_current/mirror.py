@@ -96,13 +96,13 @@ def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
     layer, bias = block.layer, getattr(block.layer, "bias", None) is not None
     if geometry(layer) is None:
         if len(block.shape) != 1 or len(weight_now(layer)) != block.shape[0]:
-            raise _without_mirror(block, "it does not make one vector per sample")
+            raise _without_mirror(block, "it does not return one vector per sample")
         back: list[nn.Module] = [nn.Linear(block.shape[0], math.prod(block.input_shape), bias=False)]
         if len(block.input_shape) != 1:
             back.append(nn.Unflatten(1, block.input_shape))
     else:
         if not isinstance(layer, _ConvNd):
-            raise _without_mirror(block, "its type is no convolution of PyTorch's")
+            raise _without_mirror(block, "it is not a PyTorch convolution")
         if len(block.image) != len(layer.kernel_size) + 1 or len(block.seen) != len(block.image):
             raise _without_mirror(block, f"it maps shape {block.input_shape} to {block.shape}")
         back = [] if block.image == block.shape else [nn.Unflatten(1, block.image)]
@@ -152,7 +152,7 @@ def _check(block: Block, mirror: nn.Sequential) -> None:
 
 def _without_mirror(block: Block, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"layer {block.name!r} ({type(block.layer).__name__}) has no mirror: {why}; pass a feedback network of your own"
+        f"layer {block.name!r} ({type(block.layer).__name__}) has no mirror: {why}; pass your own feedback network"
     )
 
 

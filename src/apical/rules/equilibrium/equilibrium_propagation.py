@@ -155,9 +155,9 @@ class EquilibriumPropagation(CreditRule):
         if not 0 <= damping < 1:
             raise ConfigError(f"damping must be in [0, 1), got {damping}")
         if cycles < 0 or (cycles and estimator != "holomorphic"):
-            raise ConfigError(f'cycles is for estimator="holomorphic" and not negative, got {cycles} for "{estimator}"')
+            raise ConfigError(f'cycles is not negative and needs estimator="holomorphic", got {cycles}, "{estimator}"')
         if homeostasis and weights != "directed":
-            raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
+            raise ConfigError('homeostasis needs weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
         require_precision(type(self).__name__, self.chain.like)
         self._cut_off: list[str] = []
@@ -172,12 +172,12 @@ class EquilibriumPropagation(CreditRule):
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
         if read_out and len(self.chain.stages) < 2:
             raise UnsupportedModelError(
-                f'layer {last.name!r} is all there is: there is no state to settle; use output="state"'
+                f'layer {last.name!r} is the only layer, so there is no state to settle; use output="state"'
             )
         if read_out and last.after:
             raise UnsupportedModelError(
-                f"layer {last.name!r} reads the states out and has {type(last.after[0]).__name__} behind it, which no state "
-                'is: put the pooling before the layer, or use output="state"'
+                f"layer {last.name!r} is the read-out and is followed by {type(last.after[0]).__name__}, which needs a "
+                'state: put the pooling before the layer, or use output="state"'
             )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
         self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator
@@ -193,7 +193,7 @@ class EquilibriumPropagation(CreditRule):
             pools := [stage.name for stage in self._above if any(map(bends, (*stage.before, *stage.after)))]
         ):
             raise UnsupportedModelError(
-                f"layer {pools[0]!r} has pooling beside it that is not linear: homeostasis needs linear paths"
+                f"layer {pools[0]!r} is next to non-linear pooling, but homeostasis needs linear paths"
             )
         turn = asymmetry / 180 * pi
         self.back = nn.ParameterList()
@@ -206,7 +206,7 @@ class EquilibriumPropagation(CreditRule):
     def remarks(self) -> list[str]:
         """That states of ReLU layers are bounded."""
         behind = " and ".join(self._cut_off)
-        return [f"ReLU states behind {behind} are cut off at 1 (bounded=False leaves them)"] if behind else []
+        return [f"ReLU states after {behind} are clipped at 1 (bounded=False turns this off)"] if behind else []
 
     @property
     def _above(self) -> list[Stage]:
@@ -258,7 +258,7 @@ class EquilibriumPropagation(CreditRule):
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
             if not torch.compiler.is_compiling() and not nudged.isfinite():
                 raise InstabilityError(
-                    "the nudged phase of equilibrium propagation runs away, though the free one does not: use a smaller "
+                    "the nudged phase of equilibrium propagation diverges, although the free one does not: use a smaller "
                     "beta or bounded activations"
                 )
         if self.homeostasis:
@@ -278,7 +278,7 @@ class EquilibriumPropagation(CreditRule):
         if not torch.compiler.is_compiling() and not free.residual.isfinite():
             finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
             raise InstabilityError(
-                "the free phase of equilibrium propagation runs away: its states have no bound; use bounded activations "
+                "the free phase of equilibrium propagation diverges: its states are unbounded; use bounded activations "
                 "(--model mlp-sigmoid-256 or mlp-clip-256), smaller weights or fewer steps"
                 if finite
                 else "the free phase of equilibrium propagation is not finite because inputs or weights are not"

@@ -73,12 +73,12 @@ def require_complex(stages: Sequence[Stage], loss: Callable[[Tensor, Tensor], Te
         bent = [module for module in stage.before if bends(module)] + list(filter(is_max, stage.after))
         if bent:
             raise UnsupportedModelError(
-                f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
+                f"layer {stage.name!r} is next to {type(bent[0]).__name__}, which does not support complex states: use "
                 "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
             )
         if not is_holomorphic(stage.activation):
             raise UnsupportedModelError(
-                f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
+                f"the activation after layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
                 "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
             )
 

@@ -220,7 +220,7 @@ def _derivative(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
     except RuntimeError as error:
         if "in-place" in str(error) or "functorch" in str(error):
             raise ConfigError(
-                "equilibrium propagation differentiates the loss by torch.func.grad, which does not follow this one: it may "
+                "equilibrium propagation differentiates the loss by torch.func.grad, which fails for this loss: it may "
                 f"change no tensor in place, and an autograd.Function needs setup_context ({str(error).splitlines()[0]})"
             ) from error
         raise

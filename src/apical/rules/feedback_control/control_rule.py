@@ -242,7 +242,7 @@ class ControlRule(CreditRule):
             gains = self._gains(states)
             reason = self.advice(gains) if moves else self._violation(gains)
             if reason:
-                warnings.warn(f"the steady state is not a stable one: {reason}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"the steady state is unstable: {reason}", RuntimeWarning, stacklevel=2)
         self.calls += 1
 
     def _violation(self, gains: Sequence[Tensor]) -> str | None:

@@ -227,7 +227,7 @@ class DeepFeedbackControl(ControlRule):
             return
         other = "variant='ss'" if self.variant == "ssa" else "solver='simulate'"
         self.warn(
-            f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form is for weak "
+            f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form needs weak "
             f"control: lower nudge={self.nudge:g} or pass {other}"
         )
 
@@ -252,7 +252,7 @@ class DeepFeedbackControl(ControlRule):
             states.r[-1].flatten(1).norm(dim=1), delta.norm(dim=1)
         )  # outputs may be smaller than the nudge
         if bool((residual.norm(dim=1) > scale).any()):
-            raise InstabilityError(f"the controlled dynamics runs away from its target; {self.cause(states)}")
+            raise InstabilityError(f"the controlled dynamics diverges from its target; {self.cause(states)}")
         settled = residual.norm(dim=1) < 1e-2 * delta.norm(dim=1)
         return roots, {"control": last.u.norm(dim=1).mean(), "settled": settled.to(delta.dtype).mean()}
 

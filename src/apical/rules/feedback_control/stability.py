@@ -250,7 +250,7 @@ def _never_settles(gains: Tensor, alpha: float, k_p: float, tau: float, leak: Le
         remedies.append(f"lower tau = {tau:g} below about {_largest(with_tau, tau):.3g}")
     remedy = ", or ".join(remedies) or "scale the feedback weights Q down, or retrain them"
     layers = gains.shape[-3]
-    return f"the control loop oscillates up for every dt, because {layers} layers lag behind the controller: {remedy}."
+    return f"the control loop oscillates and diverges for every dt: {layers} layers lag behind the controller; {remedy}."
 
 
 def _settles(gains: Tensor, alpha: float, k_p: float, tau: float, leak: Leak) -> bool:

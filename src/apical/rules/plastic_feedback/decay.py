@@ -60,7 +60,7 @@ class Decays:
             remedy = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
             if "decoupled_weight_decay" in group and name != "Adam":
                 remedy = f"pass {name} decoupled_weight_decay=True"
-            return f"the weight decay of {name} goes through its moments, where no factor describes it: {remedy}"
+            return f"the weight decay of {name} enters its moments, so it is not a single factor: {remedy}"
         k = self._probed(optimizer, group, weight)
         return not_known(optimizer) if k is None else k
 

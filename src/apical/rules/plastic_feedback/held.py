@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
-TOUCHED = "something beside the optimiser reads or writes it, as averages of rule.parameters() do"
+TOUCHED = "something other than the optimiser reads or writes it, as averages of rule.parameters() do"
 ABOUT = {
     *(
         "grad",

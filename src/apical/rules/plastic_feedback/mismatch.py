@@ -162,7 +162,7 @@ class Watch:
             return False
         if due and not self._careful and bool(self._missed):
             raise ConfigError(
-                f"a weight {tuple(self.weight.shape)} was changed through .data between steps, which is seen too late on "
+                f"a weight {tuple(self.weight.shape)} was changed through .data between steps, which is noticed too late on "
                 'this device; change it under torch.no_grad(), or build the rule with form="explicit"'
             )
         self._bind()

@@ -106,8 +106,8 @@ class PlasticRule(EdgeRule):
             if isinstance(part := self.layers[name], Part):
                 owner = next(module for module, held in self.model.named_modules() if held is part.owner)
                 raise UnsupportedModelError(
-                    f"layer {name!r} shares its weight with another place, where the feedback of {type(self).__name__} gets "
-                    f"no gradient of its own; untie them, or pass exact=({owner!r},)"
+                    f"layer {name!r} shares its weight with another module, where {type(self).__name__}'s feedback gets "
+                    f"no separate gradient; untie them, or pass exact=({owner!r},)"
                 )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called: set[str] = set()  # layers, since the last step of their optimiser
@@ -133,13 +133,13 @@ class PlasticRule(EdgeRule):
         ]
         if self.clips and self.ALIKE:
             remarks.append(
-                f"under {self.moved_by} {type(self).__name__}'s feedback takes the weights' change and has no gradient: "
-                'one norm of all gradients is clipped without it, form="explicit" counts it'
+                f"under {self.moved_by} {type(self).__name__}'s feedback copies the weights' change and has no gradient: "
+                'clipping by the norm of all gradients leaves it out; form="explicit" includes it'
             )
         if self._mirrored:
             remarks.append(
-                f"the feedback of {type(self).__name__} began as a mirror of the weights: each layer was driven alone by "
-                f"{self._mirrored} vectors of noise per input, a second phase, once before the first step"
+                f"the feedback of {type(self).__name__} started as a mirror of the weights: each layer was driven alone by "
+                f"{self._mirrored} noise vectors per input in a second phase, once, before the first step"
             )
         return remarks
 
@@ -252,8 +252,8 @@ class PlasticRule(EdgeRule):
         """Begin with R_0 = `plastic`, in the form that was asked for."""
         if self.form == "closed" and name in self._tied:
             raise ConfigError(
-                f"layer {name!r} shares its weight with another one, whose gradients {type(self).__name__} in closed form "
-                'cannot keep from its feedback: build the rule with form="auto"'
+                f"layer {name!r} shares its weight with another layer, whose gradients {type(self).__name__} in closed form "
+                'cannot separate from its feedback: build the rule with form="auto"'
             )
         if self.form == "closed":
             weight = self.layers[name].weight.detach()
@@ -273,7 +273,7 @@ class PlasticRule(EdgeRule):
     def reopen(self, name: str) -> None:
         """Explicit again, and to be decided anew at the next step; for whoever changes B or R."""
         if name not in self.layers:
-            raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
+            raise ConfigError(f"layer {name!r} has no feedback; layers that do: {', '.join(map(repr, self.layers))}")
         if self.form == "auto" and self.mismatch_of(name) is not None:
             self.steps.open(name, "")
             del self.reasons[name]

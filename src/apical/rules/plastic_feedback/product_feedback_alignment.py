@@ -246,19 +246,19 @@ class ProductFeedbackAlignment(PlasticRule):
         remarks = super().remarks
         if self.form == "literal" and (fused := [repr(name) for name in self.layers if self._is_fused_only(name)]):
             remarks.append(
-                f"the error passes the product B R, made beforehand, in {', '.join(fused)}: only one matrix can stand "
-                "for the weight there. The credit is the same"
+                f"the error passes through the precomputed product B R in {', '.join(fused)}: only one matrix can replace "
+                "the weight there. The credit is the same"
             )
         if self.moved_by:
             remarks.append(
-                f"R takes B^T times W's change. Under {self.moved_by} that change is not a product of r and h: a synapse of "
-                "R cannot see it"
+                f"R changes by B^T times W's change. Under {self.moved_by} that is not a product of r and h: a synapse of "
+                "R cannot compute it"
             )
         layers = defaultdict(list)
         for name, reason in self.alone.items():
             layers[reason].append(repr(name))
         return remarks + [
-            f"R of {', '.join(names)} moves by the optimiser's own state, not by B^T times W's change, from which it drifts "
+            f"R of {', '.join(names)} moves by the optimiser's state, not by B^T times W's change, from which it drifts "
             f"apart: {reason}"
             for reason, names in layers.items()
         ]
@@ -325,7 +325,7 @@ class ProductFeedbackAlignment(PlasticRule):
         if closed and (B is None or R is None):
             raise ConfigError(f'in closed form B and R of layer {name!r} are set together; form="auto" keeps them apart')
         if closed and self.steps.moving(name):
-            raise ConfigError(f'the feedback of layer {name!r} has a momentum, which form="closed" keeps for one B only')
+            raise ConfigError(f'the feedback of layer {name!r} has a momentum, so form="closed" allows only one B')
         like = weight_now(self.layers[name])
         b = (self.expansion.get_buffer(key(name)) if B is None else B).to(like)
         r = (self.plastic_of(name).detach() if R is None else R).to(like)

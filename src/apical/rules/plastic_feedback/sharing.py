@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 FUNCTION = "the layer computes with a function of its weight"
-PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, gradients compressed on their way)"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, compressed gradients)"
 ROUNDED = 1e-3
 """What may lack from the cosine of gradients that processes hand each other in 16 bits."""
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
@@ -93,7 +93,7 @@ class Sharing:
         elif weight.grad is None:
             if spared:
                 return
-            reason = "its weight has no gradient of its own"
+            reason = "its weight has no separate gradient"
         elif plastic.grad is None or (name in self._arrivals and self._arrivals[name].watched):
             reason = PARTED if self._arrivals[name].foreign else None  # of all that has come since gradients were cleared
         elif self.is_due(name):

@@ -37,8 +37,8 @@ Places = dict[str, tuple[Group | None, Group | None]]
 FROZEN = "its weight is frozen"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
-MOVED = "its weight also moves between passes without a step of the optimiser, as in sharpness-aware minimisation"
-HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
+MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
+HOOKED = "hooks run within the optimiser's step and may change gradients or weights"
 COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
@@ -249,7 +249,7 @@ class Steps:
             return
         if plastic.grad is not None or arrival.foreign or not arrival.untouched(cast(Tensor, weight.grad)):
             raise ConfigError(
-                f"the feedback of layer {name!r} was read or written between a forward pass and its backward pass, in which "
+                f"the feedback of layer {name!r} was read or written between a forward pass and its backward pass, where "
                 f"{type(rule).__name__} in closed form has no gradient for it: do so before the rule is called or after "
                 'backward(), or build the rule with form="explicit"'
             )
@@ -263,8 +263,8 @@ class Steps:
             self._lonely[name] = self._lonely.get(name, 0) + 1
             if self._lonely[name] >= 3:  # R may have an optimiser of its own, which steps after this one
                 raise ConfigError(
-                    f"the optimiser moves the weight of layer {name!r} but not {type(self.rule).__name__}'s feedback for "
-                    "it: give it rule.parameters(), not model.parameters()"
+                    f"the optimiser updates the weight of layer {name!r} but not {type(self.rule).__name__}'s feedback for "
+                    "it: pass the optimiser rule.parameters(), not model.parameters()"
                 )
 
     def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None) -> None:
@@ -321,11 +321,11 @@ class Steps:
         if not alike(group, other, optimizer):
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
-            return "its weight or its feedback has no dense gradient of its own"
+            return "its weight or its feedback has no separate dense gradient"
         if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
             return None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
-            return "gradients were changed between backward pass and step (clipping, or anything of the kind)"
+            return "gradients were changed between the backward pass and the step (by clipping, for example)"
         if not _equal(plastic.grad, rule.from_weight(name, weight.grad)):
             return "the gradient of its feedback is not that of its weight (a penalty on the weight, a tied weight, a clip)"
         mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
@@ -351,13 +351,13 @@ class Steps:
         watch, momentum = self._watches.get(name), momentum_of(optimizer, weight)
         self._require_untouched(name, watch, optimizer, momentum)
         if arrival is not None and arrival.fresh and name not in rule._called:
-            self.open(name, "its weight also learns from what is not this rule's", optimizer)
+            self.open(name, "its weight also learns from gradients that are not this rule's", optimizer)
             rule.plastic_of(name).grad = None
             return None
         if arrival is not None and arrival.foreign:
             raise ConfigError(
                 f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, "
-                "another loss, a hook), which it cannot keep from its feedback in closed form: build the rule with "
+                "another loss, a hook), which cannot be separated from its feedback in closed form: build the rule with "
                 'form="explicit"'
             )
         if not is_sgd(optimizer) and weight.requires_grad and weight.grad is not None:
@@ -366,14 +366,14 @@ class Steps:
             return self._move(name, group, self._k(name, optimizer, group), momentum)
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
-                f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
-                f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
+                f"the gradient of layer {name!r} was changed between the backward pass and the step (by clipping, for "
+                f"example), which {type(rule).__name__} in closed form cannot apply to the feedback: build the rule with "
                 'form="explicit"'
             )
         before = None if watch is None else watch.optimizer
         if before is not None and before() is not optimizer and momentum is not None:
             raise ConfigError(
-                f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
+                f"two optimisers alternate on the weight of layer {name!r}, each with its own momentum: build the "
                 f'{type(rule).__name__} with form="explicit"'
             )
         return self._move(name, group, None, momentum)
@@ -385,7 +385,7 @@ class Steps:
         now = momentum if watch.parameter is self.rule.layers[name].weight else momentum_of(optimizer, watch.parameter)
         if now is not None and now is not watch.momentum and self.moving(name):
             raise ConfigError(
-                f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
+                f"the optimiser's momentum of layer {name!r} was replaced, but that of its feedback is part of "
                 f'{type(self.rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 

@@ -46,7 +46,7 @@ def require_linear(row: Sequence[Block]) -> None:
             if not plain or not runs_own_forward(module):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} in the block of layer {block.name!r} is not known to be linear, which "
-                    "inference='exact' needs; use another inference, with a tolerance"
+                    "inference='exact' needs; use another inference with a tolerance"
                 )
 
 

@@ -140,7 +140,7 @@ class PredictiveCoding(CreditRule):
         for name, module in model.named_modules():
             if is_random(module):
                 raise UnsupportedModelError(
-                    f"module {name!r} ({type(module).__name__}) would draw anew at every step of the inference; remove it"
+                    f"module {name!r} ({type(module).__name__}) would draw new numbers at every inference step; remove it"
                 )
         if parametrisation == "mu":
             require_mu(self.row)
@@ -175,7 +175,7 @@ class PredictiveCoding(CreditRule):
                 else "exact inference takes no steps; leave steps out"
             )
         if self.inference not in ("error", "state") and (momentum or tolerance):
-            raise ConfigError(f"momentum and tolerance are for inference='error' and 'state', not {self.inference!r}")
+            raise ConfigError(f"momentum and tolerance apply to inference='error' and 'state', not {self.inference!r}")
         if self.steps < 1 or not (0 < self.rate < 2 and 0 <= momentum < 1 and tolerance >= 0):
             raise ConfigError(  # from 2 on not even a state without a network above it comes to rest
                 "steps must be at least 1, rate in (0, 2), momentum in [0, 1), tolerance not negative; got "
@@ -271,8 +271,8 @@ class PredictiveCoding(CreditRule):
     def remarks(self) -> list[str]:
         """Steps of the optimiser for each batch, where they are several; modules with skips, each of which is one block."""
         whole = ", ".join(block.name for block in self.row if block.layer not in block.modules)
-        skips = f"each of the modules {whole} is one block with one state: within it the derivative is exact"
-        calls = f"each batch takes {self.repeats} steps of the optimiser, where other rules take one"
+        skips = f"each of the modules {whole} is one block with one state; the derivative inside it is exact"
+        calls = f"each batch takes {self.repeats} optimiser steps; other rules take one"
         return [calls] * (self.repeats > 1) + [skips] * bool(whole)
 
     def _enter(self, inputs: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ class PredictiveCoding(CreditRule):
         """The states that the batch had at the last call; s, the feed-forward ones, at its first."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "incremental inference keeps states from call to call, which no graph can; do not compile the rule, or "
+                "incremental inference keeps states between calls, which no compiled graph can; do not compile the rule, or "
                 "leave out fullgraph=True: it then runs eagerly"
             )
         held: Held | None = self._held
@@ -364,8 +364,8 @@ class PredictiveCoding(CreditRule):
             return held.s
         self._held = None
         raise ConfigError(
-            f"incremental inference takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser "
-            f"after each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to "
+            f"incremental inference takes {self.repeats} calls per batch (rule.repeats), with an optimiser step "
+            f"after each; a new batch came after {held.calls}. Make all calls, call rule.restart() to "
             "leave a batch early, or use inference='state'"
         )
 
@@ -381,8 +381,8 @@ class PredictiveCoding(CreditRule):
         if silent and len(silent) < len(e):  # where all are silent the target is met
             self._silent = True
             warnings.warn(
-                f"after {self.steps} steps no error has reached layer {silent[-1]!r}, which learns nothing: it needs at "
-                f"least as many steps as there are layers above it, and {e[0].dtype} may round deep layers' errors away; "
+                f"after {self.steps} steps no error has reached layer {silent[-1]!r}, so it does not learn: it needs at "
+                f"least as many steps as there are layers above it, and {e[0].dtype} may round deep layers' errors to zero; "
                 'raise steps or rate, or use inference="error"',
                 RuntimeWarning,
                 stacklevel=4,
@@ -398,8 +398,8 @@ class PredictiveCoding(CreditRule):
         self._rising = True
         warnings.warn(
             f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
-            f"a rate of {self.rate:g} is too large for this network as it is by now; the deeper it is and the larger its "
-            "weights are, the smaller rate must be",
+            f"a rate of {self.rate:g} is now too large for this network; the deeper it is and the larger its "
+            "weights are, the smaller the rate must be",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -159,7 +159,7 @@ class DifferenceTargetPropagation(CreditRule):
         if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
             raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
         if recurrent and variant != "hidden":
-            raise ConfigError(f'recurrent=True is for variant="hidden", not "{variant}"')
+            raise ConfigError(f'recurrent=True needs variant="hidden", not "{variant}"')
         self.chain = Chain(model, input_shape)
         self.variant, self.eta, self.sigma, self.normalised, self.reduction = variant, eta, sigma, normalised, reduction
         self.random_per_sample = learn
@@ -167,7 +167,7 @@ class DifferenceTargetPropagation(CreditRule):
         stages = self.chain.stages
         if self.sequential and (spatial := [stage.name for stage in stages if len(stage.shape) > 1]):
             raise UnsupportedModelError(
-                f'layer {spatial[0]!r} has no flat output; variant={variant!r} is for dense layers: use variant="linear"'
+                f'layer {spatial[0]!r} has no flat output; variant={variant!r} needs dense layers: use variant="linear"'
             )
         like = stages[0].layer.weight.detach()
         require_precision(type(self).__name__, like)

@@ -107,7 +107,7 @@ class EquivariantNetwork(nn.Module):
         """
         if not classes:
             raise UnsupportedModelError(
-                "the top-down network was made for classes, of which it sees probabilities, and the targets are numbers; "
+                "the top-down network was made for classes and reads their probabilities, but the targets are numbers; "
                 "evolve a TopDownNetwork for them, or choose another rule (dfa)"
             )
         if not widths:

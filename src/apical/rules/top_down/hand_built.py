@@ -132,7 +132,7 @@ def wired(network: Network, seed: int = 0) -> Network:
     n, h = network.outputs, network.hidden
     if not network.relative or h < n or network.projection is not None:
         raise ConfigError(
-            f"to be wired by hand a top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
+            f"a hand-wired top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
             f"relative={network.relative}, hidden={h}"
         )
     first, second, last = (layer for layer in network.body if isinstance(layer, nn.Linear))

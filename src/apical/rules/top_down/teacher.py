@@ -111,13 +111,13 @@ class TopDownNetwork(nn.Module):
                 f"hidden={hidden}, sites={sites}, projected={projected}"
             )
         if credit not in get_args(Place):
-            raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+            raise ConfigError(f'credit must be "logits" or "probabilities", not {credit!r}')
         if output not in get_args(Output) or (output == "error" and credit != "logits"):
             raise ConfigError(
-                f'output must be "evolved", or "error" with credit on "logits"; got output={output!r}, credit={credit!r}'
+                f'output must be "evolved", or "error" with credit="logits"; got output={output!r}, credit={credit!r}'
             )
         if shallower and sites is None:
-            raise ConfigError("a top-down network that serves learners of several depths needs emission sites (sites=K)")
+            raise ConfigError("a top-down network for learners of several depths needs emission sites (sites=K)")
         self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
         self.sites, self.relative, self.credit, self.shallower, self.output = sites, relative, credit, shallower, output
         self.share = 0.5  # the power of a layer's width that relative credit is divided by
@@ -169,13 +169,13 @@ class TopDownNetwork(nn.Module):
             raise UnsupportedModelError(
                 f"the top-down network was made for {depths} {layers} and {self.outputs} outputs and "
                 f"cannot teach {wanted}; "
-                + ("take the shipped teacher 'classes', which serves any number of classes, or " if classes else "")
+                + ("use the shipped teacher 'classes', which accepts any number of classes, or " if classes else "")
                 + "evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:
             raise UnsupportedModelError(
-                f"the top-down network gives one credit to each unit of hidden layers {list(self.widths)} and cannot teach "
-                f"{wanted}; only one with diffusion (apical evolve --sites K) serves other widths"
+                f"the top-down network gives one credit to each unit of hidden layers {list(self.widths)}, so cannot teach "
+                f"{wanted}; only one with diffusion (apical evolve --sites K) fits other widths"
             )
 
     def forward(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
@@ -293,7 +293,7 @@ def load(path: Path | str) -> "tuple[TopDownNetwork | EquivariantNetwork, dict[s
     try:
         with zipfile.ZipFile(path) as archive:
             if (member := archive.testzip()) is not None:
-                raise ValueError(f"{member} has another checksum")
+                raise ValueError(f"{member} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         network = _of(content, path)
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
@@ -355,7 +355,7 @@ def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.shape != output.shape[:-1] or output.shape[-1] < 2:
         raise ConfigError(
             f"class indices of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}: top-down "
-            "credit needs one output for each of at least two classes, or targets of floating-point numbers"
+            "credit needs at least two classes with one output each, or floating-point targets"
         )
     label = (targets.unsqueeze(-1) == torch.arange(output.shape[-1], device=targets.device)).to(output.dtype)
     return torch.softmax(output, -1), label

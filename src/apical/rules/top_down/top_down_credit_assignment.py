@@ -106,12 +106,12 @@ class TopDownCreditAssignment(CutRule):
         output, *others = tensors(whole)
         if others:
             raise UnsupportedModelError(
-                f"the model has {1 + len(others)} outputs, and top-down credit assignment needs the one that the targets "
+                f"the model has {1 + len(others)} outputs, but top-down credit assignment needs the one that the targets "
                 "are for; wrap the model in a module that returns that tensor"
             )
         loss = value_at(self.loss, whole, targets)
         if not isinstance(targets, Tensor):
-            raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
+            raise ConfigError(f"top-down credit needs targets as a tensor, not a {type(targets).__name__}")
         *_, topmost = self._whole.values()
         axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
@@ -258,12 +258,12 @@ def place_of(credit: Place | None, teacher: nn.Module | None) -> Place:
         ConfigError: there is no such place, or the teacher was made for the other.
     """
     if credit not in (None, *get_args(Place)):
-        raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+        raise ConfigError(f'credit must be "logits" or "probabilities", not {credit!r}')
     if not isinstance(teacher, Network):
         return credit or "logits"
     if credit not in (None, teacher.credit):
         raise ConfigError(
-            f"the teacher's output credit stands on {teacher.credit}, not on {credit}; leave credit out, or evolve another "
+            f"the teacher's output credit uses {teacher.credit}, not {credit}; leave credit out, or evolve another "
             f"teacher: apical evolve --credit {credit}"
         )
     return teacher.credit
