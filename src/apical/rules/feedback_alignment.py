@@ -26,7 +26,7 @@ class FeedbackAlignment(EdgeRule):
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Layers that share one weight share its feedback.

@@ -108,7 +108,7 @@ class ForwardForward(CreditRule):
 
     Raises:
         ConfigError: an option out of range, fewer than two classes, or a loss with options that the labels alone do not
-            have; or, in use, targets that are no class labels.
+            have; or, in use, targets that are not class labels.
         UnsupportedModelError: the model is no such row; a module is named.
 
     >>> model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -172,7 +172,7 @@ class ForwardForward(CreditRule):
             nn.init.zeros_(self.read[key(block.name)].weight)  # type: ignore[arg-type]
         inside = [p for block in self.hidden for module in block.modules for p in module.parameters()]
         self._still = [p for p in inside if p.requires_grad and not train_hidden]
-        for parameter in self._still:  # several processes wait for every gradient that could come
+        for parameter in self._still:  # with several processes, all wait for every possible gradient
             parameter.requires_grad_(False)
 
     def _refuse_modules(self) -> None:

@@ -161,7 +161,7 @@ class LocalClassifiers(CreditRule):
 
     Raises:
         ConfigError: an option out of range; under "similarity" and "both" also a loss with options that the labels alone do
-            not have, fewer than two classes or, in use, targets that are no class labels.
+            not have, fewer than two classes or, in use, targets that are not class labels.
         UnsupportedModelError: the model is no row of blocks, or a block too narrow to be compared; a module is named.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))

@@ -399,8 +399,7 @@ def _is_telling(gradient: Tensor, least: float) -> bool:
 
 def _not_called(name: str, rule: LocalSolve) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so its inputs are not known; "
-        f"{REMEDY}"
+        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so its inputs are not known; {REMEDY}"
     )
 
 

@@ -92,8 +92,7 @@ class Modulated(WrappedRule):
             raise ConfigError(f"the modulator's mode must be 'propagating' or 'local', not {mode!r}")
         if mode == "propagating" and not self.chains_errors:
             raise ConfigError(
-                f"{type(inner).__name__} sends no error from layer to layer, so a gain would not propagate; use "
-                "mode='local'"
+                f"{type(inner).__name__} sends no error from layer to layer, so a gain would not propagate; use mode='local'"
             )
         if mode == "local" and getattr(inner, "takes_weight_updates", False):
             raise ConfigError(

@@ -42,7 +42,7 @@ class WeightMirror(EdgeRule):
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for initial feedback and noise; None draws from PyTorch's global state.
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:

@@ -225,7 +225,7 @@ class EquilibriumPropagation(CreditRule):
         """Set the feedback weight `B` of a layer, in the shape of its weight; of directed weights only.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         if not self.directed:
             raise ConfigError('symmetric weights are their own feedback: pass weights="directed" to set B')

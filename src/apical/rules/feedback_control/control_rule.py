@@ -49,7 +49,7 @@ class ControlRule(CreditRule):
         generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
         ConfigError: an unknown choice, or feedback to be learned without noise.
     """
 
@@ -120,7 +120,7 @@ class ControlRule(CreditRule):
         """Set the feedback weights of a layer: `Q` (n_i, n_L), which carries the control to it.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         handles = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
         put(type(self).__name__, layer, handles, matrices)

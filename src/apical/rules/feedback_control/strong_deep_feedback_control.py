@@ -68,7 +68,7 @@ class StrongDeepFeedbackControl(ControlRule):
         generator: for random initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
         ConfigError: an option is out of range or does not fit another.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))

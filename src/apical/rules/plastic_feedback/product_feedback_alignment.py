@@ -180,7 +180,7 @@ class ProductFeedbackAlignment(PlasticRule):
             optimiser, so that it is for you to choose.
         mirror: noise vectors per input of a layer, for initial="mirror".
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:

@@ -122,7 +122,7 @@ class DifferenceTargetPropagation(CreditRule):
         generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
         ConfigError: an option is out of range; or a loss with a reduction that is no mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -202,7 +202,7 @@ class DifferenceTargetPropagation(CreditRule):
         """Set the map g_i that speaks to a layer: `Q` (n_i, what it hears) and, where it has a bias, `c` (n_i,).
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         handles: dict[str, dict[str, Tensor]] = {}
         for stage, i in zip(self.chain.stages, range(len(self.maps)), strict=False):

@@ -45,7 +45,7 @@ class TopDownCreditAssignment(CutRule):
     """A top-down network maps [prediction, target] to a credit for every unit.
 
     Args:
-        model: any network; what lies between two cuts is one unit, see `units`.
+        model: any network; the part between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
         teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one. None
             draws an unevolved one at the first batch, as a control. "digits" serves ten classes; "classes", any number.
