@@ -52,7 +52,7 @@ def narrow_queries() -> None:
 REFUSALS: dict[str, tuple[Callable[[], object], type[ApicalError], str]] = {
     "B of a unit turned": (set_b_of_dfa, ConfigError, "B of unit '1' is (4, 7), outputs by neurons, not (7, 4)"),
     "B of a layer turned": (turned_pfa, ConfigError, "B of layer '2' must have 4 rows, one per output channel, not (7, 4)"),
-    "a feedback network of other widths": (lambda: own_feedback((6, 8)), ConfigError, "'2' makes (6,), not (7,)"),
+    "a feedback network of other widths": (lambda: own_feedback((6, 8)), ConfigError, "'2' returns shape (6,), not (7,)"),
     "a mask of no classes": (
         lambda: apical.CounterCurrentLearning(perceptron(), F.mse_loss, pair="match", mask=True),
         *(ConfigError, "pair='match' uses no class labels"),
@@ -73,7 +73,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], type[ApicalError], str]] = {
         lambda: apical.SemiImplicit(
             nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 4))
         ),
-        *(UnsupportedModelError, "layer '4' (Linear) is not a Linear layer on vectors"),
+        *(UnsupportedModelError, "layer '4' (Linear) is not a matrix on vectors"),
     ),
     "times of other inputs": (lambda: SpikingLinear(3, 2)(torch.rand(2, 5)), ConfigError, "times (batch, 3), not (2, 5)"),
     "static keys": (static_keys, UnsupportedModelError, "static keys or values of attention are not supported"),

@@ -88,7 +88,7 @@ class DirectFeedbackAlignment(CutRule):
     Args:
         model: any network; the part between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean.
-        feedback: "auto": a matrix (outputs, channels) at tokens, and at every position of networks with positional outputs; a
+        feedback: "auto": a matrix (outputs, channels) at tokens, and at every position if the network has many outputs; a
             row for each neuron of a map if there is one output. "full": a row for each neuron in any case, for the
             errors of all positions. "broadcast": one number per channel in any case (at dense units all are the same).
             "position": as "auto", but units must have the positions of the output (else refused). With `leaky`, broadcast

@@ -361,7 +361,7 @@ class ForwardForward(CreditRule):
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
         require_samples(inputs)
         if not inputs.is_floating_point():
-            raise ConfigError(f"forward-forward scales its inputs; pass floating-point numbers, not {inputs.dtype}")
+            raise ConfigError(f"forward-forward scales its inputs, which are {inputs.dtype}; pass floating-point numbers")
         if targets.is_floating_point() or targets.shape != inputs.shape[:1]:
             raise ConfigError(
                 f"forward-forward needs one class label per sample, not targets of shape {tuple(targets.shape)} and "

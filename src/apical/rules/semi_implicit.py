@@ -61,7 +61,7 @@ class SemiImplicit(CreditRule):
         for stage in self.chain.stages:
             if not stage.is_dense:
                 raise UnsupportedModelError(
-                    f"layer {stage.name!r} ({type(stage.layer).__name__}) is not a Linear layer on vectors, for which the "
+                    f"layer {stage.name!r} ({type(stage.layer).__name__}) is not a matrix on vectors, for which the "
                     "proximal step is solved; use Linear layers on (batch, n)"
                 )
         self.eta, self.proximity = eta, proximity

@@ -104,7 +104,7 @@ class WeightMirror(EdgeRule):
 
         Args:
             name: the layer.
-            B: of the shape of the layer's weight.
+            B: in the shape of the layer's weight.
 
         Raises:
             ConfigError: unknown layer, or a wrong shape.

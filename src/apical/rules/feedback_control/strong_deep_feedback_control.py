@@ -125,7 +125,7 @@ class StrongDeepFeedbackControl(ControlRule):
         self.scales = [(1 + tau / tau_noise) ** (depth - 1) if scaled else 1.0 for depth in depths]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        """Credit for one batch, for the weights that :attr:`phase` names: forward, feedback, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
@@ -168,7 +168,7 @@ class StrongDeepFeedbackControl(ControlRule):
             return self._hold(*self._counted(states, fitted(self.loss, states.r[-1], targets)))
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """States of a batch under control, layer by layer, each (batch, *shape); nothing is learned.
+        """Return states of a batch under control, layer by layer, each (batch, *shape), without learning.
 
         Feed-forward potentials "v_minus" and rates "r_minus"; the "target" (of classes, their probabilities) and the control
         "u" (both alone in their lists, (batch, n_L)); and under it the potentials "v", rates "r", basal "v_ff" and apical
@@ -261,7 +261,7 @@ class StrongDeepFeedbackControl(ControlRule):
     def trace(self, inputs: Tensor, targets: Tensor) -> Trace:
         """Somatic, basal and apical potentials, control and output of every sample over the simulated time.
 
-        Memory: three times points x batch x neurons; take few samples.
+        Memory: three times points x batch x neurons; use few samples.
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):

@@ -306,7 +306,7 @@ def correlation(loop: Loop, depth: int, rate: float = 0.0) -> float:
 
     Args:
         depth: filters from the compartment to the output.
-        rate: of the low-pass filter whose output is taken off the control first; 0 for none.
+        rate: of the low-pass filter whose output is subtracted from the control; 0 for none.
     """
     dt, kappa = loop.dt, loop.kappa
     rates = [0.0] * depth

@@ -108,7 +108,7 @@ class KolenPollack(PlasticRule):
 
         Args:
             name: the layer.
-            B: of the shape of the layer's weight.
+            B: in the shape of the layer's weight.
 
         Raises:
             ConfigError: unknown layer, or a wrong shape.

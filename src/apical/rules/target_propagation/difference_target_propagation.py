@@ -236,7 +236,7 @@ class DifferenceTargetPropagation(CreditRule):
         return (states, loss, error, output) if rows is None else (states.rows(rows), loss, error[rows], output)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        """Credit for one batch, for the weights that :attr:`phase` names: forward, feedback, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states, loss, error, output = self._answered(inputs, targets)
