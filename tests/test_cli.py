@@ -79,7 +79,7 @@ def test_a_rule_that_cannot_teach_the_model_is_refused_before_any_trains(
     assert main(["compare", *given, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("apical: error: rule 'tdca': the top-down network was made for")
-    assert "96 outputs; take the shipped teacher 'classes'" in said.err
+    assert "96 outputs; use the shipped teacher 'classes'" in said.err
     assert "ms/step" not in said.out
     assert os.listdir(tmp_path) == []
 

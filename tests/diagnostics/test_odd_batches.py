@@ -60,7 +60,7 @@ class OutDict(nn.Module):
 @pytest.mark.parametrize("look", LOOKS)
 def test_inputs_that_are_no_tensor_are_refused(look: str) -> None:
     rule = Backprop(InDict())
-    with pytest.raises((ConfigError, UnsupportedModelError), match=r"a single input tensor .* not dict"):
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"inputs that are one tensor .* not dict"):
         LOOKS[look](rule, {"x": torch.randn(4, 6)}, TARGETS)
 
 

@@ -558,9 +558,9 @@ def test_relu_states_are_cut_off_unless_asked_otherwise() -> None:
 def test_complex_nudges_need_what_is_analytic() -> None:
     with pytest.raises(UnsupportedModelError, match=r"'0' .*Hardtanh"):
         EP(network(nn.Hardtanh), estimator="holomorphic")
-    with pytest.raises(UnsupportedModelError, match="'0' has MaxPool2d"):
+    with pytest.raises(UnsupportedModelError, match="'0' is next to MaxPool2d"):
         EP(convolutional(nn.MaxPool2d(2), "pool"), estimator="holomorphic", input_shape=(1, 8, 8))
-    with pytest.raises(UnsupportedModelError, match="has SoftmaxPool2d"):
+    with pytest.raises(UnsupportedModelError, match="is next to SoftmaxPool2d"):
         EP(convolutional(SoftmaxPool2d(2), "activation"), estimator="holomorphic", input_shape=(1, 8, 8))
     with pytest.raises(ConfigError, match="cross_entropy, squared_error, mse_loss"):
         EP(network(), F.l1_loss, estimator="holomorphic")

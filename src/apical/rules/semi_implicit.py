@@ -40,7 +40,7 @@ class SemiImplicit(CreditRule):
         proximity: lam, of single samples; the smaller, the more exactly weights meet the neurons' step.
 
     Raises:
-        ConfigError: an option that is not positive; or a loss with `ignore_index` or a reduction that is no mean.
+        ConfigError: an option that is not positive; or a loss with `ignore_index` or a reduction other than the mean.
         UnsupportedModelError: the model is no chain of Linear layers, or of half precision.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))

@@ -68,7 +68,7 @@ class EquilibriumPropagation(CreditRule):
         free_steps: T1.
         nudged_steps: T2.
         cycles: of "holomorphic": 0 starts every nudge from the free state, all in one batch; otherwise the nudge runs this
-            many times round its circle, from zero states, each phase continuing from the last. The free phase then is for the
+            many times round its circle, from zero states, each phase continuing from the last. The free phase is for the
             answer only.
         output: "read-out" (the last layer reads the states; only its error enters the dynamics) or "state"; None takes
             "state" if the last layer has an activation.

@@ -100,7 +100,7 @@ class PredictiveCoding(CreditRule):
             inference is "incremental", else 1.
 
     Raises:
-        ConfigError: an option out of range; or a loss with `ignore_index` or a reduction that is no mean.
+        ConfigError: an option out of range; or a loss with `ignore_index` or a reduction other than the mean.
         UnsupportedModelError: the model is no row of blocks, or random, or of half precision; or it is not linear, or not in
             the mu parametrisation, where that is asked for.
 

@@ -123,7 +123,7 @@ class DifferenceTargetPropagation(CreditRule):
 
     Raises:
         UnsupportedModelError: the model is not such a chain; the message names the module.
-        ConfigError: an option is out of range; or a loss with a reduction that is no mean.
+        ConfigError: an option is out of range; or a loss with a reduction other than the mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> rule = DifferenceTargetPropagation(model, variant="linear")
