@@ -30,7 +30,7 @@ from apical.errors import ConfigError
 
 
 class WeightMirror(EdgeRule):
-    """Feedback weights learned from noise, in a mode of their own.
+    """Feedback weights learned from noise, in a separate mode.
 
     Args:
         model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
@@ -81,7 +81,7 @@ class WeightMirror(EdgeRule):
 
     @torch.no_grad()
     def mirror(self, steps: int = 1) -> None:
-        """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
+        """Take `steps` mirror steps on every layer, with its weight held fixed."""
         self.require_attached()
         if not self.rate:
             return
@@ -100,7 +100,7 @@ class WeightMirror(EdgeRule):
                     feedback.lerp_(mirror(weight.to(feedback), noise), self.rate)
 
     def set_feedback(self, name: str, B: Tensor) -> None:
-        """Replace the matrix B of one layer; the next mirror steps move it on.
+        """Replace the matrix B of one layer; later mirror steps update it.
 
         Args:
             name: the layer.
@@ -117,5 +117,5 @@ class WeightMirror(EdgeRule):
             self.mirror()
 
     def feedback_of(self, name: str) -> Feedback:
-        """The mirrored matrix B of this layer as it is now: the next mirror step changes the buffer."""
+        """The present mirrored matrix B of this layer: the next mirror step changes the buffer."""
         return stored, (self.feedback.get_buffer(key(name)).clone(),)

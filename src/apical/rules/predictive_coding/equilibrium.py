@@ -25,7 +25,7 @@ def curvature(loss: Loss, outputs: int) -> float:
     """c of one sample's loss.
 
     Raises:
-        ConfigError: the loss is no squared error.
+        ConfigError: the loss is not a squared error.
     """
     if loss is squared_error:
         return 1.0

@@ -1,4 +1,4 @@
-"""Predictive coding: states of hidden blocks relax, then every block learns to predict what its state became.
+"""Predictive coding: states of hidden blocks relax, then every block learns to predict its relaxed state.
 
     E(s) = sum_{l<L} 1/2 |s_l - f_l(s_{l-1})|^2 + lambda ell(f_L(s_{L-1}), y)          s_0 = x, summed over the batch
     e_l = s_l - f_l(s_{l-1}),   e_L = -lambda d ell / d f_L
@@ -13,7 +13,7 @@
 
 States and rates are those of single samples: E is a sum, and B divides once, at the end. After few small steps the hidden
 errors are about g T times those of backpropagation; the log `hidden_share`, the hidden blocks' share of E, says how far a
-run has left that end: near 0 it is BP.
+run is from that limit: near 0 it is BP.
 
 The generative direction runs the other way: the model maps classes to images, s_0 = y, and the image is the output's target.
 Its answer is found by inference with s_0 free.
@@ -64,7 +64,7 @@ RELAXES = ("error", "state", "incremental")
 
 
 class Held(NamedTuple):
-    """A batch whose states go on at the next call: the batch, its states, and the calls that it has had."""
+    """A batch whose states continue at the next call: the batch, its states, and the number of its calls."""
 
     inputs: Tensor
     targets: Tensor
@@ -73,7 +73,7 @@ class Held(NamedTuple):
 
 
 class PredictiveCoding(CreditRule):
-    """Each block learns from the difference between its state, once inference is done, and what the block below predicts.
+    """Each block learns from the difference between its state after inference and its prediction from the block below.
 
     Args:
         model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with normalisation,
@@ -96,13 +96,13 @@ class PredictiveCoding(CreditRule):
         input_shape: of one sample, where there are convolutions.
 
     Attributes:
-        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each: T where
+        repeats: calls that a training loop makes per batch, with an optimiser step after each: T where
             inference is "incremental", else 1.
 
     Raises:
         ConfigError: an option out of range; or a loss with `ignore_index` or a reduction other than the mean.
-        UnsupportedModelError: the model is no row of blocks, or random, or of half precision; or it is not linear, or not in
-            the mu parametrisation, where that is asked for.
+        UnsupportedModelError: the model is not a row of blocks, is random or in half precision; or is not linear, or not in
+            the mu parametrisation, where that is required.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
     >>> rule = PredictiveCoding(model, inference="state", steps=20)
@@ -158,7 +158,7 @@ class PredictiveCoding(CreditRule):
 
     @property
     def energy_loss(self) -> Loss:
-        """What the output's energy is made of."""
+        """The output's term of the energy."""
         return self.loss if self.feed_forward else squared_error
 
     def _own_options(self, steps: int | None, rate: float | None, momentum: float, tolerance: float, deep: bool) -> None:
@@ -269,7 +269,7 @@ class PredictiveCoding(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Steps of the optimiser for each batch, where they are several; modules with skips, each of which is one block."""
+        """Remarks on several optimiser steps per batch, and on modules with skips, each of which is one block."""
         whole = ", ".join(block.name for block in self.row if block.layer not in block.modules)
         skips = f"each of the modules {whole} is one block with one state; the derivative inside it is exact"
         calls = f"each batch takes {self.repeats} optimiser steps; other rules take one"
@@ -351,7 +351,7 @@ class PredictiveCoding(CreditRule):
         return roots, {"energy": energy, "hidden_share": share, "residual": relaxed.residual}
 
     def _going_on(self, x: Tensor, targets: Tensor, s: list[Tensor]) -> list[Tensor]:
-        """The states that the batch had at the last call; s, the feed-forward ones, at its first."""
+        """The batch's states at the last call; s, the feed-forward ones, at its first call."""
         if torch.compiler.is_compiling():
             raise ConfigError(
                 "incremental inference keeps states between calls, which no compiled graph can; do not compile the rule, or "
@@ -389,7 +389,7 @@ class PredictiveCoding(CreditRule):
             )
 
     def _look_at_energy(self, start: Tensor, end: Tensor) -> None:
-        """Warn once where inference has raised the energy that it shall lower."""
+        """Warn once if inference has raised the energy, which it should lower."""
         if self._rising or torch.compiler.is_compiling() or not end.is_cpu or torch._C._are_functorch_transforms_active():
             return
         rounding = 100 * torch.finfo(end.dtype).eps
@@ -406,7 +406,7 @@ class PredictiveCoding(CreditRule):
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        """Running statistics move with the feed-forward pass alone."""
+        """Update running statistics only in the feed-forward pass."""
         moving = [module._buffers.values() for module in self.model.modules() if module.training]
         kept = [(buffer, buffer.clone()) for buffers in moving for buffer in buffers if buffer is not None]
         try:
