@@ -218,7 +218,7 @@ def test_read_outs_nudge_the_states_that_they_read(name: str, estimator: str) ->
         options: dict[str, object] = {"beta": 0.05, "points": 8} if estimator == "holomorphic" else {"beta": 1e-4}
         options |= {"output": "read-out", "input_shape": (2, 8, 8), "free_steps": 60, "nudged_steps": 60}
         if estimator == "holomorphic" and "max" in name:
-            with pytest.raises(UnsupportedModelError, match="not for complex states"):
+            with pytest.raises(UnsupportedModelError, match="not support complex states"):
                 apical.EquilibriumPropagation(model, estimator=estimator, **options)
             return
         apical.EquilibriumPropagation(model, estimator=estimator, **options)(x, y).backward()

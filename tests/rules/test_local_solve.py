@@ -278,7 +278,7 @@ def test_convolutions_of_which_nothing_is_known_are_refused() -> None:
     x, y = images()
     with pytest.raises(UnsupportedModelError, match="'first' is not computed from the layer's inputs"):
         LocalSolve(apical.Backprop(AllConvolutional(again=True).double()))(x, y)
-    with pytest.raises(UnsupportedModelError, match=r"Invented gives layer 'first' .* cannot be seen"):
+    with pytest.raises(UnsupportedModelError, match=r"Invented gives layer 'first' .* cannot be determined"):
         LocalSolve(Invented(AllConvolutional().double(), F.cross_entropy))(x, y)
 
 

@@ -394,9 +394,9 @@ def test_samples_that_the_loss_ignores_teach_nothing() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'1'.*draw anew"):
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*draw new numbers"):
         PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
-    with pytest.raises(UnsupportedModelError, match=r"'1'.*RReLU.*draw anew"):
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*RReLU.*draw new numbers"):
         PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)))
     with pytest.raises(ConfigError, match="inference"):
         PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]

@@ -398,7 +398,7 @@ class PredictiveCoding(CreditRule):
         self._rising = True
         warnings.warn(
             f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
-            f"a rate of {self.rate:g} is now too large for this network; the deeper it is and the larger its "
+            f"a rate of {self.rate:g} is too large for this network by now; the deeper it is and the larger its "
             "weights are, the smaller the rate must be",
             RuntimeWarning,
             stacklevel=5,
