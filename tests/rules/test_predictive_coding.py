@@ -628,7 +628,7 @@ def test_incremental_inference_moves_states_and_weights_in_turn() -> None:
 def test_incremental_inference_wants_all_calls_of_a_batch() -> None:
     x, targets = batch("mlp")
     rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
-    assert "4 steps of the optimiser" in rule.remarks[0]
+    assert "4 optimiser steps" in rule.remarks[0]
     rule(x, targets)
     with torch.no_grad():
         rule(x + 1, targets)  # nothing is learned
