@@ -172,7 +172,9 @@ def test_an_activation_that_takes_complex_numbers_but_is_not_analytic_is_refused
 
 def test_pooling_behind_the_read_out_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1))
-    with pytest.raises(UnsupportedModelError, match="'2' reads the states out and has AdaptiveAvgPool2d behind it"):
+    with pytest.raises(
+        UnsupportedModelError, match="'2' is the read-out, not a state, so AdaptiveAvgPool2d cannot follow it"
+    ):
         apical.EquilibriumPropagation(model, input_shape=(1, 8, 8))
 
 

@@ -176,8 +176,8 @@ class EquilibriumPropagation(CreditRule):
             )
         if read_out and last.after:
             raise UnsupportedModelError(
-                f"layer {last.name!r} is the read-out and is followed by {type(last.after[0]).__name__}, which needs a "
-                'state: put the pooling before the layer, or use output="state"'
+                f"layer {last.name!r} is the read-out, not a state, so {type(last.after[0]).__name__} cannot follow "
+                'it: put the pooling before the layer, or use output="state"'
             )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
         self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator

@@ -273,7 +273,7 @@ class PlasticRule(EdgeRule):
     def reopen(self, name: str) -> None:
         """Make R explicit, and decide again at the next step; for callers that change B or R."""
         if name not in self.layers:
-            raise ConfigError(f"layer {name!r} has no feedback; layers that do: {', '.join(map(repr, self.layers))}")
+            raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
         if self.form == "auto" and self.mismatch_of(name) is not None:
             self.steps.open(name, "")
             del self.reasons[name]
