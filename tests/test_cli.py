@@ -79,7 +79,7 @@ def test_a_rule_that_cannot_teach_the_model_is_refused_before_any_trains(
     assert main(["compare", *given, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("apical: error: rule 'tdca': the top-down network was made for")
-    assert "96 outputs; take the shipped teacher 'classes'" in said.err
+    assert "96 outputs; use the shipped teacher 'classes'" in said.err
     assert "ms/step" not in said.out
     assert os.listdir(tmp_path) == []
 
@@ -266,8 +266,8 @@ def test_it_is_told_where_what_is_trained_differs_from_the_model() -> None:
     told: list[str] = []
     _, notes = commands.prepare(asked, told.append)
     assert told == [
-        "ep: ReLU states behind linear1 are cut off at 1 (bounded=False leaves them)",
-        "corinfomax: activities of linear1 and linear2 live in [0, 1], whatever activation stands behind them",
+        "ep: ReLU states after linear1 are clipped at 1 (bounded=False turns this off)",
+        "corinfomax: activities of linear1 and linear2 stay in [0, 1], whatever activation follows these layers",
     ]
     assert [any(line.endswith(note) for line in told for note in each) for each in notes] == [
         False,

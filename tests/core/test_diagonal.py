@@ -91,7 +91,7 @@ def test_synapses_among_vectors_are_refused(name: str) -> None:
 
 
 def test_forward_forward_refuses_a_norm_of_ones_own() -> None:
-    with pytest.raises(UnsupportedModelError, match="fixes the size of activity"):
+    with pytest.raises(UnsupportedModelError, match="fixes the norm of activity"):
         apical.ForwardForward(model("layer norm"))
 
 

@@ -767,11 +767,11 @@ def test_pfa_counts_rows_not_sequences() -> None:
 
 def test_where_the_literal_form_cannot_be_had_is_said() -> None:
     packed = apical.ProductFeedbackAlignment(around(nn.MultiheadAttention(8, 2), STACKS["attention"][1]), form="literal")
-    (remark,) = [remark for remark in packed.remarks if "passes the product B R" in remark]
+    (remark,) = [remark for remark in packed.remarks if "passes through the precomputed product B R" in remark]
     assert "'module.in_proj', 'module.out_proj'" in remark
     assert "'above'" not in remark
     dense = apical.ProductFeedbackAlignment(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), form="literal")
-    assert not any("passes the product" in remark for remark in dense.remarks)
+    assert not any("precomputed product" in remark for remark in dense.remarks)
 
 
 def test_the_current_scale_is_the_weights_root_mean_square() -> None:

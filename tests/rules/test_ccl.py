@@ -217,7 +217,7 @@ def test_every_depth_predicts_the_nearest_code(pair: str, input_pair: bool) -> N
 def test_depths_without_a_read_out_are_refused() -> None:
     rule = CounterCurrentLearning(network())
     for depth in (-1, 0, 5):
-        with pytest.raises(ConfigError, match=f"no read-out at depth {depth}; there is at: 1, 2, 3, 4"):
+        with pytest.raises(ConfigError, match=f"no read-out at depth {depth}; depths with one: 1, 2, 3, 4"):
             rule.predict(batch()[0], depth)
 
 

@@ -519,7 +519,7 @@ def test_the_time_loop_leaves_no_memory_behind() -> None:
 def test_another_batch_must_wait_for_all_calls() -> None:
     rule = ContrastiveSignalPlasticity(network(), steps=4, learn="step")
     rule(*batch()).backward()
-    with pytest.raises(ConfigError, match="another batch came after 1"):
+    with pytest.raises(ConfigError, match="a new batch came after 1"):
         rule(*batch(seed=9))
     rule(*batch(seed=9)).backward()
     rule.restart()
@@ -547,7 +547,7 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 def test_models_and_targets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="only one"):
         ContrastiveSignalPlasticity(nn.Sequential(nn.Linear(4, 3)))
-    with pytest.raises(UnsupportedModelError, match=r"behind layer '0' \(Tanh\)"):
+    with pytest.raises(UnsupportedModelError, match=r"after layer '0' \(Tanh\)"):
         ContrastiveSignalPlasticity(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
     with pytest.raises(ConfigError, match="two classes"):
         ContrastiveSignalPlasticity(models.spiking(4, [3], 1))

@@ -288,7 +288,7 @@ def test_batches_that_do_not_fit_are_refused(kind: type[apical.CreditRule]) -> N
         ({"eta": 0.0}, "eta, sigma and neurons must be positive"),
         ({"sigma": -1.0}, "eta, sigma and neurons must be positive"),
         ({"reduction": "max"}, "reduction"),
-        ({"recurrent": True}, 'recurrent=True is for variant="hidden"'),
+        ({"recurrent": True}, 'recurrent=True needs variant="hidden"'),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

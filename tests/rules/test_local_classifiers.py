@@ -432,7 +432,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="move"):
         rule(*batch())
     for width in (1, 2):  # of which centred rows are zero, or +-1: no signal could turn them
-        with pytest.raises(UnsupportedModelError, match=f"'0' makes {width} number"):
+        with pytest.raises(UnsupportedModelError, match=f"'0' returns {width} number"):
             LocalClassifiers(nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 4)), local="both")
         assert not similarity(torch.randn(5, width), torch.eye(5))[1].abs().gt(1e-6).any()
     with pytest.raises(UnsupportedModelError, match="'first'"):

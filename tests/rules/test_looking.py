@@ -92,7 +92,7 @@ def test_gains_of_weights_drawn_at_every_call_are_refused(place: int, weights: s
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
     parametrize.register_parametrization(model[place], "weight", Half())
     rule = Modulated(apical.FeedbackAlignment(model), NodeImportance(weights=weights))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match=f"layer '{place}' makes its weight anew|draws random numbers"):
+    with pytest.raises(UnsupportedModelError, match=f"layer '{place}' computes a new weight|draws random numbers"):
         rule(torch.rand(7, 6), torch.arange(7) % 4)
 
 

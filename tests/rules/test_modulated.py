@@ -602,7 +602,7 @@ class Tripled:
         return rows.new_full((len(rows),), 3.0)
 
 
-@pytest.mark.parametrize(("kind", "remedy"), [("bp", "use mode='propagating', or remove"), ("pc", "units; remove")])
+@pytest.mark.parametrize(("kind", "remedy"), [("bp", "use mode='propagating', or remove"), ("pc", "unit; remove")])
 def test_layers_that_compute_their_weight_are_refused_only_where_they_learn(kind: str, remedy: str) -> None:
     """A frozen one has no gradient whose rows could be scaled; the remedy is one that the rule has."""
     model = mlp(6, 7, 5, 3)

@@ -316,7 +316,7 @@ def test_a_gradient_that_is_taken_away_before_the_step_is_refused() -> None:
         rule(torch.randn(8, 6), torch.arange(8) % 3).backward()
         if step:
             rule.model[2].weight.grad = None
-            with pytest.raises(ConfigError, match="was changed between backward pass and step"):
+            with pytest.raises(ConfigError, match="was changed between the backward pass and the step"):
                 optimizer.step()
         else:
             optimizer.step()

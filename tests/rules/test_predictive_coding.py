@@ -394,9 +394,9 @@ def test_samples_that_the_loss_ignores_teach_nothing() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'1'.*draw anew"):
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*draw new numbers"):
         PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
-    with pytest.raises(UnsupportedModelError, match=r"'1'.*RReLU.*draw anew"):
+    with pytest.raises(UnsupportedModelError, match=r"'1'.*RReLU.*draw new numbers"):
         PredictiveCoding(nn.Sequential(nn.Linear(4, 5), nn.RReLU(), nn.Linear(5, 3)))
     with pytest.raises(ConfigError, match="inference"):
         PredictiveCoding(mlp(), inference="errors")  # type: ignore[arg-type]
@@ -429,7 +429,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="staged"):
         PredictiveCoding(mlp(), inference="staged", steps=9)
     for inference in ("staged", "fixed-prediction", "incremental"):
-        with pytest.raises(ConfigError, match=f"momentum and tolerance are for .* not '{inference}'"):
+        with pytest.raises(ConfigError, match=f"momentum and tolerance apply to .* not '{inference}'"):
             PredictiveCoding(mlp(), inference=inference, momentum=0.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="reduction"):
         PredictiveCoding(mlp(), loss=nn.CrossEntropyLoss(reduction="sum"))
@@ -628,7 +628,7 @@ def test_incremental_inference_moves_states_and_weights_in_turn() -> None:
 def test_incremental_inference_wants_all_calls_of_a_batch() -> None:
     x, targets = batch("mlp")
     rule = PredictiveCoding(mlp(), inference="incremental", steps=4)
-    assert "4 steps of the optimiser" in rule.remarks[0]
+    assert "4 optimiser steps" in rule.remarks[0]
     rule(x, targets)
     with torch.no_grad():
         rule(x + 1, targets)  # nothing is learned

@@ -52,7 +52,7 @@ def narrow_queries() -> None:
 REFUSALS: dict[str, tuple[Callable[[], object], type[ApicalError], str]] = {
     "B of a unit turned": (set_b_of_dfa, ConfigError, "B of unit '1' is (4, 7), outputs by neurons, not (7, 4)"),
     "B of a layer turned": (turned_pfa, ConfigError, "B of layer '2' must have 4 rows, one per output channel, not (7, 4)"),
-    "a feedback network of other widths": (lambda: own_feedback((6, 8)), ConfigError, "'2' makes (6,), not (7,)"),
+    "a feedback network of other widths": (lambda: own_feedback((6, 8)), ConfigError, "'2' returns shape (6,), not (7,)"),
     "a mask of no classes": (
         lambda: apical.CounterCurrentLearning(perceptron(), F.mse_loss, pair="match", mask=True),
         *(ConfigError, "pair='match' uses no class labels"),

@@ -386,7 +386,7 @@ def test_a_file_of_the_older_format_means_probabilities_and_credit_over_n(tmp_pa
 
 
 def test_another_place_of_credit_than_the_teachers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="stands on logits, not on probabilities"):
+    with pytest.raises(ConfigError, match="uses logits, not probabilities"):
         Rule(perceptron(), teacher=TopDownNetwork(3, [5, 4]), credit="probabilities")
     for make in (lambda: Rule(perceptron(), credit="loss"), lambda: TopDownNetwork(3, [5], credit="loss")):  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match='"logits" or "probabilities"'):

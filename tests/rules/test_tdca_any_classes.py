@@ -241,7 +241,7 @@ def test_numbers_as_targets_and_models_without_hidden_layers_are_refused() -> No
         Rule(perceptron(), F.mse_loss, teacher)(x, torch.randn(7, 3).double())
     with pytest.raises(UnsupportedModelError, match="no hidden layer"):
         Rule(nn.Linear(6, 3).double(), teacher=teacher)(*batch())
-    with pytest.raises(ConfigError, match="not on probabilities"):
+    with pytest.raises(ConfigError, match="not probabilities"):
         Rule(perceptron(), teacher=teacher, credit="probabilities")
     for wrong in ({"layers": 0}, {"hidden": -1}, {"output": "none"}):
         with pytest.raises(ConfigError):

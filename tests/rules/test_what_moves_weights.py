@@ -224,7 +224,7 @@ def gradient_hook(rule: Any, optimizer: Any, step: int) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Act], str]] = {
-    "the optimiser's state alone": ({"after": optimiser_alone()}, "layer '2' was replaced, while .* load both states"),
+    "the optimiser's state alone": ({"after": optimiser_alone()}, "layer '2' was replaced, but .* load both states"),
     "a gradient lost": ({"before": lost}, "gradient of layer '2' was changed"),
     "a gradient zeroed": ({"before": zeroed}, "gradient of layer '2' was changed"),
     "a penalty before": ({"start": penalty}, "layer '2' also receives gradients"),

@@ -13,12 +13,12 @@ from apical.core.placement import layer_paths
 
 
 class Backprop(CreditRule):
-    """Exact gradient of the loss by automatic differentiation; any module whatever.
+    """Exact gradient of the loss by automatic differentiation, for any module.
 
     Args:
         model: any network.
         loss: maps (output, targets) to a scalar batch mean.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     >>> import torch
@@ -45,5 +45,5 @@ class Backprop(CreditRule):
         return layer_paths(self.model, inputs, "exact")
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """Backprop has no feedback weights of its own."""
+        """Always None: backpropagation has no separate feedback weights."""
         return {}

@@ -2,20 +2,20 @@
 
     e^f_k = r_k - W^f_k r_{k-1},   e^b_k = r_k - W^b_k r_{k+1}
 
-Each layer climbs its part of the information between neighbouring layers: it spreads its activities (the inverse of their
-correlation matrix, B_k, is kept by lateral weights) and stays near what both neighbours predict of it. With step mu, leak g,
+Each layer ascends its part of the information between neighbouring layers: it spreads its activities (the inverse of their
+correlation matrix, B_k, is stored in lateral weights) and stays near both neighbours' predictions. With step mu, leak g,
 regulariser eps and gamma = (1 - lambda) / lambda:
 
     hidden:  u_k <- u_k + mu { (W^f_k r_{k-1} + W^b_k r_{k+1} - 2 u_k) / eps - g u_k + g r_k + 2 gamma B_k r_k }
     output:  u_K <- u_K + mu { (W^f_K r_{K-1} - u_K) / eps - (g + 1) u_K + g r_K + gamma B_K r_K - beta (r_K - y) }
     r_k = clip(u_k, 0, 1)
 
-The sparse form bounds the sum of a layer's activities by 1, at a price Lambda_k = ReLU(Lambda'_k) taken off its field:
+The sparse form bounds the sum of a layer's activities by 1: the multiplier Lambda_k = ReLU(Lambda'_k) is subtracted:
 
     r_k = ReLU(u_k),   Lambda'_k <- Lambda'_k + eta_k (sum_j r_kj - 1 + Lambda_k - Lambda'_k)
 
-Weights learn the difference of the prediction errors between a nudged phase (beta) and a free one. Forward and backward
-weights learn apart, so neither is the other's transpose; and the field is no gradient, so what they learn is none either.
+Weights learn from the difference of prediction errors between a nudged phase (beta) and a free one. Forward and backward
+weights learn separately, so neither is the other's transpose; the field is not a gradient, so neither are the updates.
 
 Departures from the released code: biases, where the model has them, are weights from a unit that is always 1; a third phase
 starts from the free state.
@@ -52,7 +52,7 @@ class Layers(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """Settled phases: free, nudged, what that is compared with, and the difference of their nudges."""
+    """Settled phases: free, nudged, the one it is compared with, and the difference of their nudges."""
 
     free: Layers
     nudged: Layers
@@ -61,37 +61,37 @@ class Phases(NamedTuple):
 
 
 class CorInfoMax(CreditRule):
-    """The network settles without and with a nudge towards the label; forward, backward and lateral weights learn locally.
+    """Network that settles with and without a nudge towards the label; forward, backward and lateral weights learn locally.
 
-    Activities live in [0, 1] (or, sparse, are not negative and nearly sum to 1), whatever activations the model names.
+    Activities live in [0, 1] (or, sparse, are not negative and nearly sum to 1), whatever the model's activations are.
 
     Args:
-        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them.
-        loss: for reports, and for parameters in it; the dynamics nudge the output by `beta (r - y)`, y one-hot.
+        model: a chain of Linear layers, each followed by ReLU, `nn.Hardtanh(0, 1)` or nothing.
+        loss: for reports, and for its own parameters; the dynamics nudge the output by `beta (r - y)`, y one-hot.
         nudge: "one-sided", "random-sign" (the sign of beta drawn for each batch) or "symmetric" (a third phase, -beta).
         beta: size of the nudge.
         epsilon: eps.
         forgetting: lambda, in (0, 1].
         leak: g.
-        output_leak: the "+ 1" of the output's leak, which is the released code's; 0 climbs the objective alone.
+        output_leak: the "+ 1" of the output's leak, as in the released code; 0 ascends the objective alone.
         step: mu.
         step_decay: mu_t = max(mu / (step_decay t + 1), step_floor); 0 keeps mu.
-        step_floor: see there.
+        step_floor: lower bound of the step, see `step_decay`.
         free_steps: T_f.
         nudged_steps: T_n.
         exact_inverse: divide the lateral change by `1 + gamma r^T B r`, sample by sample.
-        sparse: rate eta_k of each layer's multiplier, which takes the place of the upper bound 1; empty for the box.
+        sparse: rate eta_k of each layer's multiplier, which replaces the upper bound 1; empty for the range [0, 1].
         rates: factor of the published update of each layer's forward weights; empty for 1 / eps, with which it is the
             gradient of the layer's own objective. With 1 the optimiser's learning rates are those of the paper.
         backward_rates: the same for the backward weights of the hidden layers.
-        generator: for the start of W^b and B and for drawn signs; None draws from PyTorch's global state.
+        generator: for the initial W^b and B and for random signs; None draws from PyTorch's global state.
 
     Attributes:
         backward: W^b_k.
         lateral: B_k, updated in every training step, in place; not under `torch.no_grad()`.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
         ConfigError: an option is out of range.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
@@ -137,21 +137,21 @@ class CorInfoMax(CreditRule):
         whole = isinstance(free_steps, int) and isinstance(nudged_steps, int)
         if not (0 < forgetting <= 1 and whole and min(free_steps, nudged_steps) >= 1):
             raise ConfigError(
-                f"forgetting must be in (0, 1] and steps whole numbers from 1, got forgetting={forgetting}, "
+                f"forgetting must be in (0, 1] and steps whole numbers of at least 1, got forgetting={forgetting}, "
                 f"free_steps={free_steps}, nudged_steps={nudged_steps}"
             )
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         for stage in stages:
             if not stage.is_dense:
-                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; corinfomax needs these")
+                raise UnsupportedModelError(f"layer {stage.name!r} is not a Linear layer on vectors, as corinfomax needs")
             phi = stage.activation
             bent = isinstance(phi, nn.Hardtanh) and not (phi.min_val == 0 and phi.max_val >= 1)
             if bent or not isinstance(phi, nn.ReLU | nn.Hardtanh | nn.Identity):
                 kind = repr(phi) if bent else type(phi).__name__
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({kind}) is not the box [0, 1] that corinfomax's "
-                    "activities live in: use ReLU or Hardtanh(0, 1) there"
+                    f"the activation after layer {stage.name!r} ({kind}) does not fit the range [0, 1] of corinfomax's "
+                    "activities: use ReLU or Hardtanh(0, 1) there"
                 )
         for name, given, count in (("sparse", sparse, len(stages)), ("rates", rates, len(stages))):
             if len(given) not in (0, count):
@@ -180,18 +180,18 @@ class CorInfoMax(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """That activities live in the box, whatever stands behind a layer."""
+        """Remark that activities stay in [0, 1], whatever activation follows a layer."""
         boxed = [stage.name for stage in self.chain.stages if not isinstance(stage.activation, nn.Hardtanh)]
         if not boxed or self.sparse:
             return []
-        return [f"activities of {' and '.join(boxed)} live in [0, 1], whatever activation stands behind them"]
+        return [f"activities of {' and '.join(boxed)} stay in [0, 1], whatever activation follows these layers"]
 
     def feedback_parameters(self) -> list[nn.Parameter]:
         """W^b_1..W^b_{K-1}."""
         return list(self.backward)
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """(W^b_{k-1})^T, in the shape of the W^f_k whose way it goes back."""
+        """(W^b_{k-1})^T, in the shape of W^f_k, the weight it runs against."""
         above = self.chain.stages[1:]
         return {stage.name: back.T for stage, back in zip(above, self.backward, strict=True)}
 
@@ -199,7 +199,7 @@ class CorInfoMax(CreditRule):
         """Set matrices of a layer k: lateral weights `B` (n_k, n_k), or `Wb`, W^b_{k-1} (n_{k-1}, n_k) from it downwards.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         stages = self.chain.stages
         handles = {stage.name: {"B": b} for stage, b in zip(stages, self.inverses(), strict=True)}
@@ -217,17 +217,17 @@ class CorInfoMax(CreditRule):
 
     def _free(self, x: Tensor) -> Layers:
         if x.dim() != 2:
-            raise UnsupportedModelError(f"CorInfoMax takes samples of one axis, (batch, inputs), not {tuple(x.shape)}")
+            raise UnsupportedModelError(f"CorInfoMax takes inputs of shape (batch, inputs), not {tuple(x.shape)}")
         u = [x.new_zeros(len(x), stage.size) for stage in self.chain.stages]
         start = Layers(u, list(u), [x.new_zeros(len(x), 1) for _ in self.sparse])
         return self.settle(x, start, self.free_steps)
 
     def settle(self, x: Tensor, start: Layers, steps: int, push: Tensor | None = None, y: Tensor | None = None) -> Layers:
-        """`steps` iterations from a state; layers move in order, each seeing what those below it have just become.
+        """Run `steps` iterations from a state; layers update in order, each using the new values of those below.
 
         Args:
             x: (batch, inputs).
-            start: where from.
+            start: the initial state.
             push: beta, a scalar; None is the free phase.
             y: targets (batch, outputs) of a nudged phase.
         """
@@ -266,7 +266,7 @@ class CorInfoMax(CreditRule):
         return Layers(u, r, multiplier)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch: `output` and `loss` are those of the free phase. Without gradient nothing is learned."""
+        """Credit for one batch: `output` and `loss` are those of the free phase. Without gradients nothing is learned."""
         self.require_attached()
         learns = self.training and torch.is_grad_enabled()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -283,14 +283,14 @@ class CorInfoMax(CreditRule):
         return Credit.of(roots, output, loss, logs)
 
     def _phases(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, "Phases"]:
-        """Input of the first layer, targets that fit, and the settled phases."""
+        """Return the first layer's input, targets of a fitting shape, and the settled phases."""
         like = self.chain.like
         require_precision(type(self).__name__, like)
         require_one_type(type(self).__name__, like, [*self.backward, *self.inverses()])
         x = self.chain.enter(inputs)
         free = self._free(x)
         targets = fitted(self.loss, free.r[-1], targets)
-        goals = fitted(squared_error, free.r[-1], targets)  # a loss of the user's may want another shape
+        goals = fitted(squared_error, free.r[-1], targets)  # a user's loss may expect another shape
         if goals.dim() == 1:
             require_classes(goals, free.r[-1].shape[1])
         y = wanted(free.r[-1], goals)
@@ -305,9 +305,9 @@ class CorInfoMax(CreditRule):
         return x, targets, Phases(free, nudged, free, beta)
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """Activities r_k of a batch, layer by layer (batch, n_k); nothing is learned.
+        """Return activities r_k of a batch, layer by layer (batch, n_k), without learning.
 
-        "free"; "nudged", by +-beta as drawn; "against", what the nudged phase is compared with: the free one or the opposite
+        "free"; "nudged", by +-beta as drawn; "against", the phase compared with the nudged one: the free one or the opposite
         nudge; and "width" (one number), the difference of their nudges.
         """
         self.require_attached()
@@ -319,12 +319,12 @@ class CorInfoMax(CreditRule):
     def _contrast(
         self, x: Tensor, nudged: Sequence[Tensor], against: Sequence[Tensor], width: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Parameters, each with minus the change it asks for."""
+        """Parameters, each with minus its requested change."""
         roots: list[tuple[Tensor, Tensor]] = []
         stages = self.chain.stages
         for k, stage in enumerate(stages):
             weight, bias, factor = stage.layer.weight, stage.layer.bias, -self.rates[k] / (width * len(x))
-            if k == 0:  # what the input predicts is the same in both phases
+            if k == 0:  # the input's prediction is the same in both phases
                 changed = (nudged[0] - against[0]) * factor
                 product = changed.T @ x
             else:

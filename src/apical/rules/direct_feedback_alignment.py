@@ -2,19 +2,19 @@
 
     e = dL/d output,   error at hidden activity h_l:  B_l e,   dW_l = ((B_l e) * f'(a_l)) h_{l-1}^T,   B_l fixed and random
 
-Every hidden unit hears the output error at once; nothing waits for the layers above, and no weight is transported. The
+Every hidden unit receives the output error directly; nothing waits for the layers above, and no weight is transported. The
 last layer learns by its exact gradient, which is local.
 
 "full" feedback gives each neuron of a feature map its own row of B_l. "broadcast" gives each channel one number for the
-whole map, as in the code of arXiv 2108.13446, which places it at the layers' inputs and lets exact errors leak through
-residual connections; `leaky=True` does that too, for comparison with its published numbers.
+whole map, as in the code of arXiv 2108.13446, which applies it at the layers' inputs and lets exact errors leak through
+residual connections; `leaky=True` does the same, for comparison with its published numbers.
 
-Where a network answers at many places (tokens, pixels), each place of a unit hears the error of its own place through
-one matrix (outputs, channels); units with places of their own hear the sum, see :mod:`apical.core.positions`. So do units
-with tokens in a network with one answer, in equal parts: their number may vary.
+If a network has outputs at many positions (tokens, pixels), each position of a unit receives its own error through
+one matrix (outputs, channels); units with other positions receive the sum, see :mod:`apical.core.positions`. So do units
+with tokens in a network with one output, in equal parts: the number of tokens may vary.
 
-Where outputs are many (a vocabulary), one matrix Q brings them to the width of the head's input, and each unit has a small
-P_l: B_l = Q P_l. Or P_l hears the error at the head's input, by the head's own weight (Launay et al., arXiv 2006.12878).
+With many outputs (a vocabulary), one matrix Q maps them to the width of the head's input, and each unit has a small
+P_l: B_l = Q P_l. Or P_l receives the error at the head's input, through the head's weight (Launay et al., arXiv 2006.12878).
 """
 
 import copy
@@ -49,9 +49,9 @@ SOURCES = ("auto", "output", "factored", "head")
 
 
 class Matrices(nn.Module):
-    """B_l by unit. Copies of a rule that has not met all units get what it draws, which is what they would draw.
+    """B_l by unit. Copies of a rule that has not yet seen all units draw the same matrices as the rule.
 
-    Averages of parameters and buffers are copies that meet no batch (`torch.optim.swa_utils.AveragedModel(rule)`).
+    Averages of parameters and buffers are copies that see no batch (`torch.optim.swa_utils.AveragedModel(rule)`).
     """
 
     def __init__(self) -> None:
@@ -82,32 +82,32 @@ class Matrices(nn.Module):
 class DirectFeedbackAlignment(CutRule):
     """The output error reaches every hidden unit directly through a fixed random matrix.
 
-    B_l is drawn from the Xavier uniform law of its shape (outputs, neurons), when its unit is met first; all follow from one
-    seed and the units' names. At feature maps it is smaller by what the layers above shrink errors by: see `scale`.
+    B_l is drawn from the Xavier uniform law of its shape (outputs, neurons) when its unit is first seen; all follow from one
+    seed and the units' names. At feature maps it is scaled down as the layers above shrink errors: see `scale`.
 
     Args:
-        model: any network; what lies between two cuts is one unit, see `units`.
+        model: any network; the part between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean.
-        feedback: "auto": a matrix (outputs, channels) at tokens, and at every place of a network that answers at places; a
-            row for each neuron of a map where there is one answer. "full": a row for each neuron in any case, for the
-            errors of all places. "broadcast": one number per channel in any case (at dense units all are the same).
-            "position": as "auto", and a unit whose places are not those of the answer is refused. With `leaky`, broadcast
-            passes the error through a transposed convolution with a fixed kernel of the layer's geometry.
-        leaky: replace the error at every weighted layer's input instead of behind every activation, so that
+        feedback: "auto": a matrix (outputs, channels) at tokens, and at every position if the network has many outputs; a
+            row for each neuron of a map if there is one output. "full": a row for each neuron in any case, for the
+            errors of all positions. "broadcast": one number per channel in any case (at dense units all are the same).
+            "position": as "auto", but units must have the positions of the output (else refused). With `leaky`, broadcast
+            sends the error through a transposed convolution with a fixed kernel of the layer's geometry.
+        leaky: replace the error at every weighted layer's input instead of after every activation, so that
             residual connections still carry exact errors.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
-        units, inside: where there are cuts, and what an error passes within a unit, see :class:`apical.core.cut.CutRule`.
-        source: what matrices hear: "output", the error there; "factored", that error times one fixed random matrix
+        units, inside: where the cuts are, and which path errors take within a unit, see :class:`apical.core.cut.CutRule`.
+        source: what the matrices receive: "output", the error there; "factored", that error times one fixed random matrix
             (outputs, width of the head's input) for all units; "head", the error at the head's input, through the head's own
-            weight: that is weight transport; a unit that the head reads as it is hears this error itself. "auto" is
-            "factored" where the network answers at places and outputs are more than twice the head's inputs.
-        scale: of feedback to feature maps. "map": full feedback is as long as true errors are when training starts. It is
-            divided by the square root of the number of places that averages above the unit take together, and multiplied by
+            weight: this is weight transport; a unit that the head reads directly receives this error itself. "auto" is
+            "factored" for positional outputs whose number exceeds twice the head's inputs.
+        scale: of feedback to feature maps. "map": full feedback has the norm of true errors at the start of training. It is
+            divided by the square root of the number of positions that averaging above the unit pools, and multiplied by
             the gain, if below 1, of each layer above it that all paths pass and no normalisation follows: the root mean
             square of its weight over that of the Xavier law, 0.58 for a square layer in PyTorch's default initialisation.
-            (Maximum pooling leaves their length as it is.) Broadcast feedback is divided by the number of places of
-            the map. "xavier": neither; errors grow with the map. `leaky` always has the latter.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+            (Max-pooling does not change their norm.) Broadcast feedback is divided by the number of positions of
+            the map. "xavier": neither; errors grow with the map. `leaky` always uses the latter.
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
@@ -153,7 +153,7 @@ class DirectFeedbackAlignment(CutRule):
         self._read: list[bool] = []  # which of several outputs the loss reads
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss: its error travels into the last unit, and as `B_l e` to the others."""
+        """Credit whose root is the loss: its error enters the last unit directly and the others as `B_l e`."""
         output, cuts, teacher = self.run(inputs)
         if isinstance(output, Tensor) and output.requires_grad and not self.takes_signals:
             return self._one_root(output, targets, cuts, teacher)
@@ -183,7 +183,7 @@ class DirectFeedbackAlignment(CutRule):
         return Credit.of(taught, detached(output), loss)
 
     def _as_read(self, errors: list[Tensor | None], output: Any, targets: Any) -> list[Tensor | None]:
-        """The same, with None for outputs that the loss does not read: compiled or transformed it has zeros for those."""
+        """The same, with None for outputs the loss does not read; a compiled or transformed loss gives zeros for those."""
         if len(errors) > 1 and torch.is_grad_enabled():
             if not self.takes_signals:
                 self._read = [error is not None for error in errors]
@@ -194,7 +194,7 @@ class DirectFeedbackAlignment(CutRule):
 
     @eagerly
     def _look(self, output: Any, targets: Any) -> None:
-        """See which outputs the loss reads, outside the compiled graph."""
+        """Record which outputs the loss reads, outside the compiled graph."""
         self._read = [error is not None for error in output_errors(self.loss, output, targets)[1]]
 
     def _one_root(self, output: Tensor, targets: Tensor, cuts: list[Cut], teacher: Teacher) -> Credit:
@@ -231,16 +231,16 @@ class DirectFeedbackAlignment(CutRule):
         return self._head_modules, self._blocks
 
     def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
-        """See :class:`apical.core.part.Separable`; what comes down is the output's error, to every part alike.
+        """See :class:`apical.core.part.Separable`; every part receives the same output error.
 
-        The blocks are those of :meth:`chain`, and the rule has seen a batch, which told it the units.
+        The blocks are those of :meth:`chain`; the rule must have seen a batch, which determines the units.
         """
         units = [] if self._separation is None else self._separation.units
         if self.where == "input" or self._inner or len(units) != len(self._blocks) - 1:
             raise UnsupportedModelError(
-                "direct feedback alignment learns by parts where every block but the last is one unit that ends with an "
+                "direct feedback alignment learns by parts only if every block but the last is one unit that ends with an "
                 f"activation; here {len(self._blocks)} blocks have {len(units)} units. Leave out leaky, inside and units, "
-                "and put one activation behind each layer"
+                "and put one activation after each layer"
             )
         activities: dict[int, Tensor] = {}
         with torch.no_grad():
@@ -273,7 +273,7 @@ class DirectFeedbackAlignment(CutRule):
     def signal(self, cut: Cut, errors: Tensor) -> Tensor:
         """`B_l e` for one hidden unit, of the unit's shape (batch, ...), from errors (batch, *places, outputs).
 
-        Where matrices hear another `source`, that takes the place of the errors.
+        With another `source`, that signal replaces the errors.
         """
         if self._hears_itself(cut):
             return delivered(matched(errors, cut), cut)
@@ -287,7 +287,7 @@ class DirectFeedbackAlignment(CutRule):
         return delivered(matched(errors, cut) @ b, cut, divided=self.scale == "map")
 
     def _heard(self, errors: Tensor) -> Tensor:
-        """What the matrices hear: (batch, *places, outputs or head inputs), or all places of an answer in a row."""
+        """What the matrices receive: (batch, *places, outputs or head inputs), or all positions of an output flattened."""
         factor = self._source(errors)
         if factor is not None:
             half = errors.dtype in (torch.float16, torch.bfloat16)
@@ -299,7 +299,7 @@ class DirectFeedbackAlignment(CutRule):
         return heard.flatten(1) if self.kind == "full" and heard.dim() > 2 else heard
 
     def _source(self, errors: Tensor) -> Tensor | None:
-        """What errors of this shape are multiplied by before matrices hear them; None where they hear the errors."""
+        """The matrix that multiplies errors of this shape before feedback; None if feedback uses the errors themselves."""
         kind, outputs = self.source, errors.shape[-1]
         if kind == "auto":
             head = weight_now(self._topmost())
@@ -316,7 +316,7 @@ class DirectFeedbackAlignment(CutRule):
         projection = cast(Tensor, self.projection)
         if projection.shape[0] != outputs:
             raise ConfigError(
-                f"the feedback is for {projection.shape[0]} outputs, and the loss reads {outputs}; make a new rule"
+                f"the feedback has {projection.shape[0]} outputs, but the loss reads {outputs}; create a new rule"
             )
         return projection
 
@@ -324,15 +324,15 @@ class DirectFeedbackAlignment(CutRule):
         """The layer whose output is the model's.
 
         Raises:
-            UnsupportedModelError: there is none, or it is no plain Linear.
+            UnsupportedModelError: there is no such layer, or it is not a plain Linear.
         """
         for name in self.heads:
             layer = self.layers[name]
             if geometry(layer) is None and computes_plainly(layer) and layer.weight.shape[0] == outputs:
                 return layer
         raise UnsupportedModelError(
-            "source='head' sends the error through the weight of the Linear layer whose output is the model's, and there is "
-            "none; pass source='factored'"
+            "source='head' sends the error through the Linear layer that returns the model's output, but there is "
+            "no such layer; pass source='factored'"
         )
 
     def _hears_itself(self, cut: Cut) -> bool:
@@ -341,17 +341,17 @@ class DirectFeedbackAlignment(CutRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Weights that errors pass."""
+        """Weights that errors pass through."""
         head = "The error at the head's input goes through the head's own weight (source='head'): that is weight transport."
         return [*super().remarks, *([head] if self.source == "head" else [])]
 
     def set_feedback(self, name: str, B: Tensor) -> None:
-        """Set the feedback matrix of a unit, by its own name or that of a weighted layer whose error passes its cut.
+        """Set the feedback matrix of a unit, by the name of the unit or of a weighted layer whose error crosses its cut.
 
         Args:
             name: of the unit ("relu1", "relu1#2") or layer.
             B: (outputs, neurons of the unit) or, one number per channel, (outputs, channels); see `feedback`. Where another
-                `source` than the output is heard, the width of the head's input stands in place of the outputs.
+                `source` than the output is used, the width of the head's input replaces the outputs.
 
         Raises:
             ConfigError: there is no such unit, or the matrix has another shape.
@@ -361,7 +361,7 @@ class DirectFeedbackAlignment(CutRule):
         if name in paths and self._at(name) not in self.feedback._buffers:
             above = sorted({self.first_use(unit) for units, _ in paths[name] for unit in units})
             if len(above) != 1 or not above[0]:
-                has = "learns by its exact gradient" if above == [""] else f"hears the units {', '.join(map(repr, above))}"
+                has = "learns by its exact gradient" if above == [""] else f"reads the units {', '.join(map(repr, above))}"
                 raise ConfigError(f"layer {name!r} {has}; set_feedback needs the name of one unit")
             unit = above[0]
         matrix = self.feedback._buffers.get(self._at(unit))
@@ -388,27 +388,27 @@ class DirectFeedbackAlignment(CutRule):
                 self._prepare(cut, heard)
 
     def _prepare(self, cut: Cut, errors: Tensor) -> None:
-        """Draw the matrix of a unit that is met first, or see that it fits."""
+        """Draw the matrix of a unit seen for the first time, or check that it fits."""
         if cut.shape[0] != errors.shape[0] and not is_routed(errors, cut) and self.where == "activation":
             matched(errors, cut)  # raises here rather than in the backward pass
         size, at = self._size(cut, errors), self._at(cut.name)
         matrix = self.feedback._buffers.get(at)
         if matrix is None:
-            is_map = len(size) == 2 and size[1] > cut.width  # each neuron of it with a row of its own
+            is_map = len(size) == 2 and size[1] > cut.width  # each neuron with its own row
             share = self._shares.get(cut.name, 1.0) if is_map and self.scale == "map" else 1.0
             if self.projection is not None:
                 outputs, inner = self.projection.shape
                 share /= _product_law(outputs, inner, cut.width)
             if self.kind == "position" and matched(errors, cut).dim() < max(3, errors.dim()):
                 raise UnsupportedModelError(
-                    f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, whose places are not those of the "
+                    f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, with other positions than the "
                     "model's output; pass feedback='auto', which sends it the sum of the errors"
                 )
             self._draw(self.first_use(cut.name), size, share, errors.device)
         elif matrix.shape != size:
             raise ConfigError(
-                f"the feedback of unit {cut.name!r} has the shape {tuple(matrix.shape)}, and this batch needs "
-                f"{tuple(size)}: maps or outputs of another size; feedback='broadcast' serves maps of any size"
+                f"the feedback of unit {cut.name!r} has the shape {tuple(matrix.shape)}, but this batch needs "
+                f"{tuple(size)}: maps or outputs have another size; feedback='broadcast' accepts maps of any size"
             )
 
     def _size(self, cut: Cut, errors: Tensor) -> tuple[int, ...]:
@@ -421,7 +421,7 @@ class DirectFeedbackAlignment(CutRule):
         return (outputs, neurons(errors, cut))
 
     def _order(self) -> dict[str, int]:
-        """Places of the units in the order of registration, from which seeds follow: alike whatever the first batch is."""
+        """Positions of the units in registration order, from which seeds follow: independent of the first batch."""
         first, kinds = next(iter(self._whole)), self._whole if self.where == "input" else self._cutting.activations
         names = [name for name, _ in self.model.named_modules() if name in kinds or name == first]
         return {name: place for place, name in enumerate(names[names.index(first) + 1 :])}
@@ -446,7 +446,7 @@ class DirectFeedbackAlignment(CutRule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         start, own = f"{prefix}feedback.", self.feedback._buffers
         held = {name.removeprefix(start): value for name, value in state_dict.items() if name.startswith(start)}
-        for name in own.keys() - held.keys():  # made before the first batch; drawn anew, from the seed of that state
+        for name in own.keys() - held.keys():  # from before the first batch; redrawn from the seed of that state
             del own[name]
         for name in (name for name in held if name not in own):  # in their order, which a set would not keep
             self.feedback.register_buffer(name, torch.empty_like(held[name], device=self.seed.device))
@@ -456,11 +456,11 @@ class DirectFeedbackAlignment(CutRule):
 
 
 def _product_law(outputs: int, inner: int, width: int) -> float:
-    """What squares of numbers of P are multiplied by, so that those of Q P follow the Xavier law of (outputs, width).
+    """Factor on the squared entries of P with which Q P follows the Xavier law of (outputs, width).
 
     Args:
         outputs, inner: of Q, which has the Xavier law.
-        width: of P, which has it but for this.
+        width: of P, which has the Xavier law except for this factor.
 
     >>> _product_law(50, 8, 8)
     1.0
@@ -469,7 +469,7 @@ def _product_law(outputs: int, inner: int, width: int) -> float:
 
 
 def _hear(rule: DirectFeedbackAlignment, axis: int, teacher: Teacher, units: list[Cut], error: Tensor) -> None:
-    """From the error at the output on, the teacher can make the units' signals."""
+    """Computes the units' signals from the error at the output."""
     heard = rule._heard(ordered(error, axis))
     teacher.signal = lambda index, _: rule.signal(units[index], heard)
 
@@ -480,16 +480,16 @@ def _sent(b: Tensor, delta: Tensor, error: Tensor) -> Tensor:
 
 
 def _times(errors: Tensor, scale: Tensor) -> Tensor:
-    """The product; as a rule the scale is 1, which can be seen for nothing on the CPU."""
+    """The product; the scale is usually 1, which is free to check on the CPU."""
     return errors if scale.is_cpu and float(scale) == 1.0 else errors * scale
 
 
 def _broadcast(layer: Layer, kernel: Tensor, shape: torch.Size, errors: Tensor) -> Tensor:
-    """The error at every output position of the layer, sent to its input by a fixed kernel (outputs, c_in, k...)."""
+    """Send the error at every output position of the layer to its input through a fixed kernel (outputs, c_in, k...)."""
     backward = geometry(layer)
     if backward is None or backward.transposed or pads_itself(layer):
         raise ConfigError(
-            "leaky broadcast feedback is defined for convolutions that pad evenly with zeros only; use "
+            "leaky broadcast feedback is defined only for convolutions with symmetric zero padding; use "
             'feedback="full" or leaky=False'
         )
     with torch.no_grad():

@@ -7,14 +7,14 @@
     output       delta_L = -beta g,   g = d ell / d a_L of each sample, at the feed-forward a_L (original: the present one)
     learning     dW_l = delta_l m_{l-1}^T / (beta B)
 
-The mean of the two compartments goes up, their difference down. From the feed-forward pass, one sweep from the top to the
-bottom gives every layer its difference: a backward pass in which the activation's derivative is a finite difference over
+The mean of the two compartments propagates up, their difference down. After the feed-forward pass, one sweep from top to
+bottom computes each layer's difference: a backward pass in which the activation's derivative is a finite difference over
 [a - alpha D, a + (1 - alpha) D]. With linear units "transposed" is backpropagation for every alpha and beta; otherwise the
 distance is O(beta^2) at alpha = 1/2 and O(beta) elsewhere. "original" is the same at alpha = 1/2; elsewhere its mean is
-not the feed-forward activity even of linear units, and training at a large nudge fails.
+not the feed-forward activity even for linear units, and training with a large nudge fails.
 
-Local: a layer needs its two compartments and what it was sent; feedback runs through the next layer's transposed weights.
-Departures: the state is kept as s-_l and delta_l, whose difference form loses no digits at a small nudge. The windows of
+Local: a layer needs its two compartments and its inputs; feedback runs through the next layer's transposed weights.
+Departures: the state is stored as s-_l and delta_l, a form that loses no digits at a small nudge. The windows of
 max-pooling are those of the mean's upward pass.
 """
 
@@ -46,24 +46,24 @@ class Dyads(NamedTuple):
 
 
 class DualPropagation(CreditRule):
-    """Every layer learns from the difference of its neurons' two compartments, which one downward sweep makes.
+    """Every layer learns from the difference of its neurons' two compartments, computed in one downward sweep.
 
     Args:
-        model: a chain of weighted layers and element-wise activations, pooling where it likes; the last layer has no
+        model: a chain of weighted layers and element-wise activations, with pooling anywhere; the last layer has no
             activation.
         loss: maps (output, targets) to a scalar batch mean.
         variant: "transposed" (2024) or "original" (2023).
-        beta: size of the nudge, of single samples.
+        beta: size of the nudge, per sample.
         alpha: weight of the compartment that is nudged towards the target, in [0, 1].
-        sweeps: downward sweeps; an upward one of the means comes between two.
+        sweeps: number of downward sweeps, with an upward sweep of the means between them.
         input_shape: of one sample, where there are convolutions.
 
     Attributes:
-        differences: its signals are finite differences, which are derivatives while no unit leaves a linear piece.
+        differences: True; the signals are finite differences, equal to derivatives while no unit leaves a linear piece.
 
     Raises:
-        ConfigError: an option is out of range; or a loss with `ignore_index` or a reduction that is not the mean.
-        UnsupportedModelError: the model is no such chain, or of half precision; the module is named.
+        ConfigError: an option is out of range; or the loss has `ignore_index` or a reduction other than the mean.
+        UnsupportedModelError: the model is not such a chain, or is in half precision; the message names the module.
 
     Logs: `nudge`, the size of hidden differences relative to hidden means: near 0 the run is backpropagation.
 
@@ -101,8 +101,8 @@ class DualPropagation(CreditRule):
         last = self.chain.stages[-1]
         if not isinstance(last.activation, nn.Identity) or last.after:
             raise UnsupportedModelError(
-                f"an activation or pooling follows the last layer {last.name!r}, whose differences are those of the loss at "
-                "its own output; put it into the loss, or end the model with another layer"
+                f"an activation or pooling follows the last layer {last.name!r}, whose differences come from the loss at "
+                "its own output; move it into the loss, or end the model with another layer"
             )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
@@ -125,7 +125,7 @@ class DualPropagation(CreditRule):
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """ "mean", m_1..m_{L-1}, and "difference", delta_1..delta_L (batch, ...); nothing is learned."""
+        """ "mean", m_1..m_{L-1}, and "difference", delta_1..delta_L (batch, ...), without learning."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.chain.run(inputs)
@@ -133,7 +133,7 @@ class DualPropagation(CreditRule):
         return {"mean": dyads.m[1:], "difference": dyads.delta}
 
     def _dyads(self, states: States, targets: Tensor) -> Dyads:
-        """The sweeps, from a feed-forward pass."""
+        """Run the sweeps, starting from a feed-forward pass."""
         stages, top = self.chain.stages, len(self.chain.stages) - 1
         v, m = list(states.v), list(states.r[:-1])
         nudge, count = self._nudge(v[top], targets)
@@ -169,7 +169,7 @@ class DualPropagation(CreditRule):
 
 
 def handed_down(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
-    """`W^T delta` (batch, *input_shape), back through what stands before and behind the layer, with the windows at m."""
+    """`W^T delta` (batch, *input_shape), back through the modules around the layer, with the pooling windows at m."""
     if stage.after or stage.bends:
         pulled: Tensor = torch.func.vjp(stage.potential, m)[1](delta)[0]
         return pulled
@@ -186,7 +186,7 @@ def at_layer(stage: Stage, delta: Tensor, m: Tensor) -> Tensor:
 
 
 def relative(differences: Sequence[Tensor], means: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Root mean square of differences over that of means, of all layers together; zero where there are none."""
+    """Root mean square of differences over that of means, over all layers; zero if there are none."""
     zero = like.new_zeros(())
     above, below = (torch.stack([zero, *(each.norm() for each in group)]).norm() for group in (differences, means))
     return torch.where(below == 0, zero, above / below)

@@ -2,7 +2,7 @@
 
     delta_l = (U_{l+1}^T delta_{l+1}) * f'(a_l),   dW_l = delta_l h_{l-1}^T,   U fixed and random
 
-Local but for U: no synapse needs the value of another. U is drawn from the Xavier uniform law of the forward weight,
+Local except for U: no synapse needs the value of another. U is drawn from the Xavier uniform law of the forward weight,
 independently of it (the initialisation of the comparisons in arXiv 2405.20594 and arXiv 2108.13446).
 """
 
@@ -26,10 +26,10 @@ class FeedbackAlignment(EdgeRule):
         exact: names of modules or parameters without known transport that keep their exact derivative.
         first_layer: also draw feedback for the first layer (read-outs only, no effect on training).
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
-    Layers that share one weight share its feedback.
+    Layers that share a weight share its feedback.
 
     >>> import torch
     >>> from torch import nn
@@ -57,11 +57,11 @@ class FeedbackAlignment(EdgeRule):
         self.feedback = self.random_feedback()
 
     def set_feedback(self, name: str, B: Tensor) -> None:
-        """Replace the matrix U of one layer, and of those that share its weight.
+        """Replace the matrix U of a layer and of all layers that share its weight.
 
         Args:
             name: the layer.
-            B: of the shape of the layer's weight.
+            B: in the shape of the layer's weight.
 
         Raises:
             ConfigError: unknown layer, or a wrong shape.

@@ -6,13 +6,13 @@
     difference   mean softplus(-alpha (G+ - G-))                                                (SymBa)
     read-out     ell of W_L z_{L-1} + c_L + sum_{1<l<L-1} C_l z_l, for the read-out alone
 
-Positive and negative inputs. "random", "all": the label stands in the image's first K numbers, the true one or a wrong one
-drawn anew, or every wrong one; the read-out and the answer see 1/K there. "images", self-contrastive: the first layer is
-given an image twice, or with another image of the batch, W(a + b) + 2c; no labels; the answer sees the image twice.
-"hard": the wrong label k is drawn with probability p_k / sum_{j != y} p_j, p = softmax of what the read-out says of the
+Positive and negative inputs. "random", "all": the label overwrites the image's first K numbers, the true one or a wrong one
+drawn each time, or every wrong one; the read-out and the answer see 1/K there. "images", self-contrastive: the first layer
+receives an image twice, or with another of the batch, W(a + b) + 2c; no labels; the answer sees the image twice.
+"hard": the wrong label k is drawn with probability p_k / sum_{j != y} p_j, p = softmax of the read-out's scores for the
 neutral input.
 
-The gradient at h_l is 2 h_l dL/dG_l (over the width for means): where a unit is silent it is zero without any derivative.
+The gradient at h_l is 2 h_l dL/dG_l (over the width for means): for a silent unit it is zero without any derivative.
 Local: a block needs its input and one number per sample.
 
 Sources: Hinton 2022, arXiv 2212.13345, and the code loweX/Forward-Forward; SymBa, arXiv 2303.08418; self-contrastive
@@ -63,7 +63,7 @@ def write_label(inputs: Tensor, code: Tensor) -> Tensor:
 
 
 def threshold(positive: Tensor, negative: Tensor, theta: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, and its derivatives by the goodness of positive (B,) and negative samples (n B,), of which there may be none."""
+    """Loss, and its derivatives by the goodness of positive (B,) and negative samples (n B,), of which there may be zero."""
     up, down = theta[0] - positive, negative - theta[1]
     count = max(1, len(down))
     loss = (F.softplus(up).mean() + F.softplus(down).sum() / count) / 2
@@ -71,7 +71,7 @@ def threshold(positive: Tensor, negative: Tensor, theta: tuple[float, float]) ->
 
 
 def difference(positive: Tensor, negative: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of SymBa's loss; negatives in the order of the positives, n times over."""
+    """The same for SymBa's loss; negatives are in the order of the positives, repeated n times."""
     ahead = alpha * (positive - negative.view(-1, len(positive)))  # alpha Delta: (n, B)
     count = max(1, ahead.numel())
     push = alpha * (-ahead).sigmoid() / count
@@ -88,28 +88,28 @@ def drawn_wrong(scores: Tensor, targets: Tensor) -> Tensor:
 class ForwardForward(CreditRule):
     """Hidden blocks learn from their own goodness, and the last block reads the normalised hidden activity.
 
-    The answer is the rule's (:meth:`answer`), not that of the model alone, which knows neither label nor normalisation.
+    The answer comes from the rule (:meth:`answer`); the model alone has neither label nor normalisation.
 
     Args:
-        model: a row of blocks (see :func:`apical.core.blocks.blocks`), two at least: layers with activations and pooling,
+        model: a row of blocks (see :func:`apical.core.blocks.blocks`), at least two: layers with activations and pooling,
             one after another; no skips, normalisation or dropout.
-        loss: maps (output, targets) to a scalar batch mean; it teaches the read-out.
-        negatives: "random", "hard" (wrong labels that the read-out believes), "all" or "images" (self-contrastive).
+        loss: maps (output, targets) to a scalar batch mean; it trains the read-out.
+        negatives: "random", "hard" (wrong labels that the read-out finds likely), "all" or "images" (self-contrastive).
         objective: "threshold" or "difference".
         goodness: "sum" or "mean" of squares; None: "mean" for images and differences, otherwise "sum".
-        theta: of the threshold, or a pair for positive and negative samples; None: a mean square of 1, and for images the
+        theta: the threshold, or a pair for positive and negative samples; None: a mean square of 1, and for images the
             published 4 and 6 in the first block.
-        alpha: of the difference.
-        answers: "read-out", or "goodness": the scores of the labels are the goodness each makes, in all but the first block.
-        train_hidden: False is the control: hidden blocks stay as they are, the read-out learns.
+        alpha: slope of the loss of differences.
+        answers: "read-out", or "goodness": a label's score is the goodness it produces in all but the first block.
+        train_hidden: False is a control: hidden blocks are frozen, only the read-out learns.
         write: puts a label's code (batch, K) into inputs (batch, ...); by default in place of their first K numbers, which
-            the rule then never sees.
+            the rule then never uses.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
         ConfigError: an option out of range, fewer than two classes, or a loss with options that the labels alone do not
-            have; or, in use, targets that are no class labels.
-        UnsupportedModelError: the model is no such row; a module is named.
+            have; or, in use, targets that are not class labels.
+        UnsupportedModelError: the model is not such a row; the message names a module.
 
     >>> model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> rule = ForwardForward(model)
@@ -144,7 +144,7 @@ class ForwardForward(CreditRule):
         self.self_contrastive = negatives == "images"
         if self.self_contrastive and answers == "goodness":
             raise ConfigError(
-                "negatives='images' learns without labels, whose goodness could answer; use answers='read-out'"
+                "negatives='images' learns without labels, so goodness cannot rank classes; use answers='read-out'"
             )
         refuse_options(self, "forward-forward", ("ignore_index", "reduction") if self.self_contrastive else tuple(PLAIN))
         if alpha <= 0:
@@ -155,7 +155,7 @@ class ForwardForward(CreditRule):
         self._containers = Containers(model)
         self.classes = math.prod(self.row[-1].shape)
         if self.classes < 2:
-            raise ConfigError(f"forward-forward needs two classes or more, and the model has {self.classes} output")
+            raise ConfigError(f"forward-forward needs at least two classes, but the model has {self.classes} output")
         self.negatives, self.objective, self.alpha, self.answers = negatives, objective, alpha, answers
         default: Goodness = "mean" if self.self_contrastive or objective == "difference" else "sum"
         self.goodness = default if goodness is None else goodness
@@ -164,7 +164,7 @@ class ForwardForward(CreditRule):
         is_drawn = self.self_contrastive or (negatives in ("random", "hard") and self.classes > 2)
         self.random_per_sample = train_hidden and is_drawn
         self.read = nn.ModuleDict()
-        for block in self.hidden[1:-1]:  # the first holds the label too plainly; the last block reads the last itself
+        for block in self.hidden[1:-1]:  # the first shows the label too directly; the last block reads the last itself
             like = block.like
             self.read[key(block.name)] = nn.Linear(
                 math.prod(block.shape), self.classes, bias=False, dtype=like.dtype, device=like.device
@@ -172,7 +172,7 @@ class ForwardForward(CreditRule):
             nn.init.zeros_(self.read[key(block.name)].weight)  # type: ignore[arg-type]
         inside = [p for block in self.hidden for module in block.modules for p in module.parameters()]
         self._still = [p for p in inside if p.requires_grad and not train_hidden]
-        for parameter in self._still:  # several processes wait for every gradient that could come
+        for parameter in self._still:  # with several processes, all wait for every possible gradient
             parameter.requires_grad_(False)
 
     def _refuse_modules(self) -> None:
@@ -182,10 +182,10 @@ class ForwardForward(CreditRule):
         hidden = [*self.head, *(module for block in self.hidden for module in block.modules)]
         for module in (*hidden, *self.row[-1].modules):
             if is_random(module) or (is_norm(module) and module in hidden):
-                why = "draws for every input anew" if is_random(module) else "fixes the size of activity, the goodness"
+                why = "draws new random numbers" if is_random(module) else "fixes the norm of activity, the goodness"
                 raise UnsupportedModelError(
                     f"module {names[module]!r} ({type(module).__name__}) {why}, so forward-forward cannot compare "
-                    "positive and negative inputs behind it; remove it"
+                    "positive and negative inputs after it; remove it"
                 )
 
     def _theta(self, number: int, given: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -201,18 +201,18 @@ class ForwardForward(CreditRule):
         return math.prod(self.hidden[number].shape)
 
     def detach(self) -> nn.Module:
-        """See :meth:`apical.core.credit.CreditRule.detach`; hidden blocks that were kept still may learn again."""
+        """See :meth:`apical.core.credit.CreditRule.detach`; frozen hidden blocks may learn again."""
         for parameter in self._still:
             parameter.requires_grad_(True)
         return super().detach()
 
     @property
     def remarks(self) -> list[str]:
-        """That the model alone is not what was trained."""
+        """Remark that the trained predictor is not the model alone."""
         given = "the image twice in the first layer" if self.self_contrastive else "a neutral label in the input"
         if not self.self_contrastive and self.write is write_label:
             given += f", whose first {self.classes} numbers it overwrites (write= puts it elsewhere)"
-        return [f"the answer has {given}, and normalises between blocks; the model alone does neither"]
+        return [f"the answer uses {given}, and normalises between blocks; the model alone does neither"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class labels."""
@@ -265,7 +265,7 @@ class ForwardForward(CreditRule):
 
     @torch.no_grad()
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Classes (batch,) of most goodness in each hidden block, by layer; empty without labels."""
+        """Classes (batch,) with the highest goodness in each hidden block, by layer; empty without labels."""
         if self.self_contrastive:
             return {}
         with evaluating(self):
@@ -286,7 +286,7 @@ class ForwardForward(CreditRule):
         return [torch.stack(scores, 1) for scores in zip(*by_label, strict=True)]
 
     def _contrasted(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
-        """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined behind the first layer."""
+        """z_0 of positive, then negative inputs (B + n B, ...); of images (B, ...), joined after the first layer."""
         if self.self_contrastive:
             return self._given(inputs)
         k = self.classes
@@ -328,19 +328,19 @@ class ForwardForward(CreditRule):
         return loss, h * slope.view(-1, *(1,) * (h.dim() - 1))
 
     def _features(self, inputs: Tensor) -> list[Tensor]:
-        """z_1..z_{L-1} of the pass that is read: a neutral label, or the image twice."""
+        """z_1..z_{L-1} of the read-out's pass: a neutral label, or the image twice."""
         if not self.self_contrastive:
             inputs = self.write(inputs, inputs.new_full((len(inputs), self.classes), 1 / self.classes))
         z, features = self._given(inputs), []
         for number, block in enumerate(self.hidden):
             h = block(z) if number or not self.self_contrastive else self._joined(block, z, None)
-            block.require_shape(h)  # thresholds and read-outs are for its size
+            block.require_shape(h)  # thresholds and read-outs depend on its size
             z = normalised(h)
             features.append(z)
         return features
 
     def _read(self, z: Sequence[Tensor]) -> Tensor:
-        """The read-out of z_1..z_{L-1}: all add up where the last block has come to one number for each class."""
+        """The read-out of z_1..z_{L-1}, summed at the point of the last block where there is one number per class."""
         last = self.row[-1]
         after = last.modules.index(last.layer) + 1
         made, tail = through(last.modules[:after], z[-1]), list(last.modules[after:])
@@ -355,7 +355,7 @@ class ForwardForward(CreditRule):
         return normalised(through(self.head, inputs))
 
     def _plain(self, inputs: Tensor) -> Tensor:
-        """What the model alone makes."""
+        """The output of the model alone."""
         return through([*self.head, *self.row], inputs)
 
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
@@ -371,5 +371,5 @@ class ForwardForward(CreditRule):
         require_classes(targets, self.classes)
         if not self.self_contrastive and self.write is write_label and inputs[0].numel() < self.classes:
             raise ConfigError(
-                f"a label takes the place of {self.classes} input numbers, and there are {inputs[0].numel()}; pass write="
+                f"a label overwrites {self.classes} input numbers, but there are only {inputs[0].numel()}; pass write="
             )

@@ -1,4 +1,4 @@
-"""Local classifiers: every block has a loss of its own, and no error crosses a block.
+"""Local classifiers: every block has its own loss, and no error crosses blocks.
 
     h_l = f_l(sg(h_{l-1})),   h_0 = x,   l = 1..L                      sg: no error goes back
     prediction   ell_l = ell(M_l pool(h_l) + c_l, y)                   the model's loss of a linear read-out, 0 at first
@@ -7,15 +7,15 @@
     both         (1 - beta) prediction + beta similarity
     output       ell of h_L, for the last block alone
 
-Of images S takes each channel's standard deviation over the pixels. S(Y) is 1 for samples of one class and -1/(K-1) for
-others. Every gradient at h_l is a closed form, taken through one block at once, so activities of one block are kept at a
+For images S uses each channel's standard deviation over pixels. S(Y) is 1 for samples of the same class and -1/(K-1) for
+others. Every gradient at h_l has a closed form and is propagated through one block, so activities of one block are kept at a
 time. Local: a block needs its input, its own read-out and the label.
 
 Sources: Nokland & Eidnes 2019, arXiv 1901.06656, and its code; Mono-Forward, arXiv 2501.09238.
-Departures: one optimiser and one backward for all blocks, which is their order of steps exactly (each block hands on what it
-made before its step). A sample that silences a block has no direction and gets no similarity signal; in the code it makes
-NaN. Under "both" the read-outs and the last block descend their whole loss, where the code gives them the share 1 - beta of
-it: its Adam divides that out, and plain SGD would leave them a hundredth of their rate. Mono-Forward answers from its
+Departures: one optimiser and one backward for all blocks, which is exactly the code's order of steps (each block passes on
+its output from before its step). A sample that silences a block has no direction and gets no similarity signal; the code has
+NaN. With "both" the read-outs and the last block descend their whole loss; the code gives them the share 1 - beta of
+it: its Adam cancels this factor, but plain SGD would leave them a hundredth of their rate. Mono-Forward answers from its
 read-outs' scores; here the model's last block answers.
 """
 
@@ -56,7 +56,7 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 def class_similarity(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """S(Y) of one-hot labels (B,), without a product: 1 within a class, -1/(K-1) between classes; (B, B).
 
-    Where several processes train together it has their columns too.
+    With several processes it includes the columns of all.
     """
     same = (labels.unsqueeze(1) == gathered(labels)).to(dtype)
     return same - (1 - same) / (classes - 1)
@@ -65,7 +65,7 @@ def class_similarity(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor
 def similarity(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """`mean (S(rows) - wanted)^2` and its gradient, for rows (B, d) and wanted (B, B).
 
-    Rows without length, up to rounding, have no direction; their gradient is zero. Several processes compare each own row
+    Rows of zero length, up to rounding, have no direction; their gradient is zero. Several processes compare each own row
     with those of all, wanted then (B, sum of all B); the average of their gradients is that of the whole batch.
     """
     centred = rows - rows.mean(1, keepdim=True)
@@ -83,14 +83,14 @@ def similarity(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def described(activity: Tensor) -> Tensor:
-    """What S compares, (B, d): flat activities; of images with more than 3 channels each channel's deviation over pixels."""
+    """Input of S, (B, d): flat activities; for images with more than 3 channels, each channel's deviation over pixels."""
     if activity.dim() > 2 and activity.shape[1] > 3 and activity.shape[2] > 1:
         return activity.flatten(2).std(2)
     return activity.flatten(1)
 
 
 def window(image: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Average-pooling window that leaves an image (channels, *sides) at most `most` numbers, sides doubled in turn.
+    """Average-pooling window that reduces an image (channels, *sides) to at most `most` numbers, doubling sides in turn.
 
     >>> window((64, 16, 16), 4096), window((64, 16, 16), 4095)
     ((2, 2), (4, 2))
@@ -110,7 +110,7 @@ def _after(sides: Sequence[int], kernel: Sequence[int]) -> list[int]:
 
 
 class _Hidden:
-    """A hidden block: the modules that its own loss sees, and trailing dropout, which the loss does not see."""
+    """A hidden block: the modules before its own loss, and trailing dropout, which comes after the loss."""
 
     def __init__(self, block: Block, most: int) -> None:
         modules = list(block.modules)
@@ -124,20 +124,20 @@ class _Hidden:
         self.features = math.prod(sizes) * (self.image[0] if self.window else 1)
 
     def handed_on(self, h: Tensor) -> Tensor:
-        """What the next block is given; without gradient."""
+        """The next block's input, without gradient."""
         above = h.detach()
         for module in self.behind:
             above = module(above.clone())
         return above
 
     def pooled(self, h: Tensor) -> Tensor:
-        """(batch, features), what a read-out reads."""
+        """Input of a read-out, (batch, features)."""
         if self.window and max(self.window) > 1:
             h = _AVERAGES[len(self.window)](h.view(-1, *self.image), self.window, ceil_mode=True)
         return h.flatten(1)
 
     def projection(self) -> nn.Module:
-        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for what convolutions make."""
+        """P_l: a bias-free map of the block's output to its own size; 3 x 3 for outputs of convolutions."""
         like = self.block.like
         if self.image:
             kind, channels = _CONVOLUTIONS[len(self.image) - 1], self.image[0]
@@ -147,22 +147,22 @@ class _Hidden:
 
 
 class LocalClassifiers(CreditRule):
-    """Every hidden block is taught by a loss of its own: a linear read-out's, or the match of two similarity matrices.
+    """Every hidden block is trained by its own loss: of a linear read-out, or the match of two similarity matrices.
 
     Args:
         model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with normalisation,
             activations and pooling, one after another; no skips.
         loss: maps (output, targets) to a scalar batch mean. It is also the read-outs' loss.
         local: "prediction", "similarity", "both", or "projection" (Mono-Forward).
-        beta: share of the similarity loss in "both".
-        pool: most numbers of a convolution's feature map that a read-out sees; larger ones are averaged over windows.
+        beta: weight of the similarity loss in "both".
+        pool: maximum number of values of a feature map that a read-out sees; larger maps are averaged over windows.
             "projection" sees all.
         input_shape: of one sample, where there are convolutions.
 
     Raises:
         ConfigError: an option out of range; under "similarity" and "both" also a loss with options that the labels alone do
-            not have, fewer than two classes or, in use, targets that are no class labels.
-        UnsupportedModelError: the model is no row of blocks, or a block too narrow to be compared; a module is named.
+            not have, fewer than two classes or, in use, targets that are not class labels.
+        UnsupportedModelError: the model is not a row of blocks, or a block is too narrow to compare; names a module.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     >>> rule = LocalClassifiers(model, local="both")
@@ -199,13 +199,13 @@ class LocalClassifiers(CreditRule):
         self.read, self.project = nn.ModuleDict(), nn.ModuleDict()
         outputs = math.prod(self.row[-1].shape)
         if self.compares and outputs < 2:
-            raise ConfigError(f"local={local!r} compares classes, and the model has {outputs} output; use 'prediction'")
+            raise ConfigError(f"local={local!r} compares classes, but the model has {outputs} output; use 'prediction'")
         for hidden in self._hidden:
             name, like, width = key(hidden.block.name), hidden.block.like, math.prod(hidden.block.shape)
             if self.compares and width < 3:
                 raise UnsupportedModelError(
-                    f"the block of layer {hidden.block.name!r} makes {width} number(s) for each sample, and local={local!r} "
-                    "compares directions around their mean, which takes three; make it wider, or pass local='prediction'"
+                    f"the block of layer {hidden.block.name!r} returns {width} number(s) per sample, but local={local!r} "
+                    "compares directions around their mean, which takes three or more; widen it, or pass local='prediction'"
                 )
             if self.predicts:
                 self.read[name] = nn.Linear(
@@ -222,7 +222,7 @@ class LocalClassifiers(CreditRule):
         return [*self.read.parameters(), *self.project.parameters()]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch: targets (batch,) class labels or, without a similarity loss, what the loss takes."""
+        """Credit for one batch: targets are class labels (batch,) or, without a similarity loss, what the loss accepts."""
         self.require_attached()
         self._check(inputs, targets)
         self._containers.require_intact(inputs, self._output)
@@ -239,7 +239,7 @@ class LocalClassifiers(CreditRule):
     def _climb(
         self, row: Sequence[_Hidden], below: Tensor, targets: Tensor, logs: dict[str, Tensor]
     ) -> tuple[list[Root], Tensor]:
-        """What hidden blocks in a row learn, and what the last of them hands on; their losses go into `logs`."""
+        """Return the gradients of consecutive hidden blocks and the last one's output; their losses go into `logs`."""
         roots: list[Root] = []
         wanted = self._wanted(targets) if self.compares else None
         for hidden in row:
@@ -251,7 +251,7 @@ class LocalClassifiers(CreditRule):
         return roots, below
 
     def _top(self, below: Tensor, targets: Tensor) -> tuple[list[Root], Tensor, Tensor]:
-        """What the last block learns, the model's output and its loss."""
+        """Return the last block's gradients, the model's output and its loss."""
         activity = self._last(below, learns=True)
         output = activity.made.detach()
         loss, error = output_error(self.loss, output, fitted(self.loss, output, targets))
@@ -282,7 +282,7 @@ class LocalClassifiers(CreditRule):
     def _learned(
         self, hidden: _Hidden, activity: Activity, targets: Tensor, wanted: Tensor | None
     ) -> tuple[list[Root], Tensor]:
-        """What a block and its read-out learn, and the block's loss; without gradient outside the graph of the block."""
+        """Gradients of a block and its read-out, and the block's loss, all detached outside the graph of the block."""
         h, name, like = activity.made, key(hidden.block.name), hidden.block.like
         hidden.block.require_shape(h)
         wide, closed = torch.promote_types(like.dtype, torch.float32), activity.block is not None
@@ -314,7 +314,7 @@ class LocalClassifiers(CreditRule):
         return [*roots, *self._roots(activity, taught)], total
 
     def _roots(self, activity: Activity, taught: list[tuple[Tensor, Tensor]]) -> list[Root]:
-        """What a block learns from signals at its output or, where it keeps a graph, at functions of it."""
+        """A block's gradients from signals at its output or, where it keeps a graph, at functions of it."""
         if activity.block is None:
             return block_roots(taught, self.parameters())
         teaching, (signal, *others) = Teaching(), [signal for _, signal in taught]
@@ -324,7 +324,7 @@ class LocalClassifiers(CreditRule):
         return teaching.roots
 
     def _predicted(self, reader: nn.Module, a: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, list[Root]]:
-        """A read-out's loss of what it reads (batch, d), the signal G M of that shape, and what it learns itself."""
+        """A read-out's loss for its input (batch, d), the signal G M of that shape, and its own gradients."""
         assert isinstance(reader, nn.Linear)
         m, c = reader.weight, reader.bias
         logits = F.linear(a, m.to(a.dtype), None if c is None else c.to(a.dtype)).view(len(a), *self.row[-1].shape)
@@ -361,7 +361,7 @@ class LocalClassifiers(CreditRule):
 
     @torch.no_grad()
     def read_outs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Classes (batch,) that each read-out gives, by layer, and last the model's own; in evaluation mode."""
+        """Classes (batch,) predicted by each read-out, by layer, and last by the model itself; in evaluation mode."""
         with evaluating(self):
             h, scores = through(self.head, inputs), {}
             for hidden in self._hidden:

@@ -1,16 +1,16 @@
-"""Local solver in place of the outer product: each layer's change does to its pre-activations what the errors ask for.
+"""Local solver instead of the outer product: each layer's update changes its pre-activations as the errors require.
 
     outer product    dW^T = -mu A^T D / B         changes the batch's pre-activations by -mu A A^T D / B: samples interfere
     here             dW^T = -mu (A^T A + lam I)^-1 A^T D        changes them by -mu D, if there are fewer samples than inputs
     lam              damping * trace(A^T A) / n                 n inputs, the bias among them
 
-D are the errors that the wrapped rule sends to the layer, of single samples (not divided by B), A what the layer is given.
+D are the errors that the wrapped rule sends to the layer, per sample (not divided by B), A the layer's inputs.
 Only the inputs and the finished gradient D^T A / B are needed. One sample: normalised least mean squares. Much damping: the
-direction of the wrapped rule. All layers are solved from one forward pass, with activities held as they were.
+direction of the wrapped rule. All layers are solved from one forward pass, with fixed activities.
 
-Local: the inverse correlation of a layer's inputs, its weight change, nothing of other layers.
-Source: "consequentialism weight updates", arXiv 2003.05164 (abstract; equations derived). The same step is K-FAC's with its
-input factor alone, and ProxProp's for a linear layer.
+Local: needs the inverse correlation of a layer's inputs and its weight change, nothing from other layers.
+Source: "consequentialism weight updates", arXiv 2003.05164 (abstract; equations derived). It equals K-FAC's step with the
+input factor only, and ProxProp's for a linear layer.
 Departures: the paper's damping, rates and data are not known to us; `damping` is relative to the inputs' mean power.
 """
 
@@ -50,7 +50,7 @@ from apical.core.wrapped import LayerHook, WrappedRule, innermost, solve_taps
 from apical.errors import ApicalError, ConfigError, UnsupportedModelError
 
 PROBE = 2
-"""Samples of the batch on which it is found out whether the rule's gradients are made of the layers' inputs."""
+"""Number of samples used to test whether the rule's gradients are computed from the layers' inputs."""
 
 TINY = 1e-300
 """In place of zero in a quotient."""
@@ -59,11 +59,11 @@ REMEDY = "wrap a rule whose layers learn from their inputs: backpropagation, FA,
 
 
 class Problem:
-    """One layer's problem in one batch: its inputs, known once the rule was called, and the gradient that comes later.
+    """One layer's problem in one batch: its inputs, known once the rule was called, and the gradient, known later.
 
     Attributes:
         calls: inputs of each call, in order.
-        errors: by the call's number, what arrived at its output, while it is found out what gradients are made of.
+        errors: by the call's number, the errors at its output, during the test of how gradients are computed.
     """
 
     def __init__(self, rule: "LocalSolve", name: str) -> None:
@@ -85,14 +85,14 @@ class Problem:
         return stacked(rows, "weight" in self.trained, "bias" in self.trained)
 
     def off(self, gradient: Tensor, which: str) -> float | None:
-        """Share of G (n_out, n) that is not made of the inputs of these calls; None where that cannot be seen."""
+        """Share of G (n_out, n) that is not computed from these calls' inputs; None if this cannot be determined."""
         rows = self.rows_of(which)
         if len(rows) < rows.shape[1]:
             return off_span(gradient, rows)
         if not self.errors:
             return None
         picked = {"first": [0], "last": [len(self.calls) - 1]}.get(which, sorted(self.errors))
-        if not self.errors.keys() >= set(picked):  # others may be of derivatives that the rule took on its way
+        if not self.errors.keys() >= set(picked):  # others may come from the rule's own derivatives
             return 1.0
         change = torch.zeros_like(gradient)
         for call in picked:
@@ -110,7 +110,7 @@ class Problem:
         return torch.cat([*parts, *([named["bias"].unsqueeze(1)] if "bias" in named else [])], 1).double()
 
     def settle(self, samples: float) -> None:
-        """The rule was called on so many samples; share what must be summed over processes."""
+        """Record the number of samples of the rule's call; share what must be summed over processes."""
         self.samples = samples
         if self.calls:
             self.rows = self.rows_of(self.rule.calls_used or "all")
@@ -135,7 +135,7 @@ class Problem:
         """Solve, in the backward pass.
 
         Raises:
-            UnsupportedModelError: the layer learns although it was not called, or it is not known from which of its calls.
+            UnsupportedModelError: the layer learns although it was not called, or from an unknown one of its calls.
         """
         if self.rows is None:
             if not any(bool(gradient.any()) for gradient in gradients):
@@ -143,8 +143,8 @@ class Problem:
             raise _not_called(self.name, self.rule)
         if len(self.calls) > 1 and self.rule.calls_used is None:
             raise UnsupportedModelError(
-                f"layer {self.name!r} was called {len(self.calls)} times, and from which of its inputs "
-                f"{type(innermost(self.rule)).__name__} learns could not be seen on the batches so far; use another batch"
+                f"layer {self.name!r} was called {len(self.calls)} times, and which of its inputs "
+                f"{type(innermost(self.rule)).__name__} learns from could not be determined so far; use another batch"
             )
         change = self.apply(self.joined(list(gradients)))
         return tuple(
@@ -160,23 +160,23 @@ class Problem:
 
 
 class LocalSolve(WrappedRule):
-    """The wrapped rule, with each layer's gradient solved for the change that the errors ask for.
+    """Wrap a rule, and solve each layer's gradient for the change that the errors require.
 
     The step does not depend on the size of the inputs, so learning rates are near 1, whatever the batch size. Micro-batches
     are solved one by one, and momentum or Adam see solved gradients.
 
     Args:
         rule: any rule whose weight gradients are outer products of its signals and the layers' inputs in the first, the last
-            or all of their calls: backpropagation, feedback alignment and its kin, DFA, TDCA, CCL, predictive coding, target
-            propagation. Found out on a few samples of the first batch.
-        damping: of single samples, relative to the mean power of the inputs.
-        exact: names of modules that keep their gradient although they are no layers of known kind; None: those of the rule.
+            or all of their calls: backpropagation, the feedback-alignment family, DFA, TDCA, CCL, predictive coding, target
+            propagation. This is tested on a few samples of the first batch.
+        damping: per sample, relative to the mean power of the inputs.
+        exact: names of modules of unknown kind that keep their gradient; None: those of the rule.
 
     Raises:
-        ConfigError: damping is not positive; or the rule's feedback gets the weight's own update; or a loss with a reduction
-            that is no mean.
-        UnsupportedModelError: a layer is no one matrix on its inputs, or computes with a function of its weight; or, at the
-            first batch, the rule's gradients are not made of the layers' inputs.
+        ConfigError: damping is not positive; or the rule's feedback gets the weight's own update; or the loss's reduction
+            is not the mean.
+        UnsupportedModelError: a layer is not a single matrix on its inputs, or uses a function of its weight; or, at the
+            first batch, the rule's gradients are not computed from the layers' inputs.
 
     >>> from apical.rules.backprop import Backprop
     >>> model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 3))
@@ -198,7 +198,7 @@ class LocalSolve(WrappedRule):
                 "FeedbackAlignment or WeightMirror"
             )
         if any(isinstance(part, LocalSolve) for part in rule.modules()):
-            raise ConfigError("the rule's gradients are solved already: put LocalSolve around a rule once")
+            raise ConfigError("the rule is already wrapped in LocalSolve: wrap a rule only once")
         refuse_options(inner, "LocalSolve", ("reduction",))
         self.damping = damping
         self.layers = weighted_layers(self.model, getattr(inner, "exact", ()) if exact is None else exact, shared=True)
@@ -206,7 +206,7 @@ class LocalSolve(WrappedRule):
         for name, layer in self.layers.items():
             require_patches(name, layer)
         self.calls_used: str | None = None
-        self._unsure = True  # what the gradients of some layer are made of, on some process
+        self._unsure = True  # how some layer's gradients are computed, on some process
         self._problems: dict[str, Problem] | None = None  # while the rule is called
         self._watches = False
         self._attach()
@@ -225,7 +225,7 @@ class LocalSolve(WrappedRule):
         """
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "LocalSolve solves in the backward pass, which no compiled graph can hold; do not compile the rule, or "
+                "LocalSolve solves in the backward pass, which cannot be compiled; do not compile the rule, or "
                 "leave out fullgraph=True, and it runs eagerly"
             )
         return self._solving(inputs, targets)
@@ -244,13 +244,13 @@ class LocalSolve(WrappedRule):
         samples = float(summed(torch.tensor(float(len(inputs)), device=credit._loss.device)))
         for name, problem in problems.items():
             if problem.trained:
-                if found is not None and name in found:  # a rule may call layers more often when it sees its first batch
+                if found is not None and name in found:  # a rule may call layers more often on its first batch
                     problem.calls = problem.calls[-len(found[name][0].calls) :]
                 problem.settle(samples)
         return credit
 
     def _taps(self, problems: dict[str, Problem]) -> dict[str, tuple[Tensor, ...]]:
-        """What stands in for each layer's trained parameters. No problem keeps them: their graph keeps the problem."""
+        """Replacements of each layer's trained parameters. Problems do not store them: their graph stores the problem."""
         taps = {}
         for name, problem in problems.items():
             if any(p.requires_grad for p in problem.layer.parameters()) and not computes_plainly(problem.layer):
@@ -267,10 +267,10 @@ class LocalSolve(WrappedRule):
             self._problems = None
 
     def _measured(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]]:
-        """Each layer's problem, and the wrapped rule's own gradient G (n_out, n) on a batch; changes nothing."""
+        """Each layer's problem, and the wrapped rule's own gradient G (n_out, n) on a batch, without side effects."""
         with undisturbed(self, parameters=True), torch.enable_grad():
             self.restart()
-            self.rule(inputs, targets)  # whatever is made at the first batch exists from here on
+            self.rule(inputs, targets)  # creates everything that the first batch creates
             self.restart()
             problems = {name: Problem(self, name) for name in self.layers}
             taps = self._taps(problems)
@@ -289,10 +289,10 @@ class LocalSolve(WrappedRule):
         return measured
 
     def _look(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Problem, Tensor]] | None:
-        """Find out on a few samples from which of a layer's calls its gradient is made; returns what was measured.
+        """Determine on a few samples from which of a layer's calls its gradient is computed; return the measurements.
 
         Raises:
-            UnsupportedModelError: from none, in some layer.
+            UnsupportedModelError: some layer's gradient is not computed from its inputs.
         """
         if not isinstance(inputs, Tensor):
             raise UnsupportedModelError(f"{type(self).__name__} needs inputs that are one tensor (batch, ...)")
@@ -321,27 +321,27 @@ class LocalSolve(WrappedRule):
         if any(wrong):
             name = min(filter(None, wrong), key=len)[0]
             raise UnsupportedModelError(
-                f"the gradient that {inner} gives layer {name!r} is not made of what the layer is given, so "
+                f"the gradient that {inner} gives layer {name!r} is not computed from the layer's inputs, so "
                 f"LocalSolve cannot solve for it; {REMEDY}"
             )
         for name, (problem, _) in asked.items():
             if len(problem.calls) == 1:
                 raise UnsupportedModelError(
-                    f"whether the gradient that {inner} gives layer {name!r} is made of what the layer is given cannot be "
-                    f"seen, so LocalSolve cannot solve for it; {REMEDY}"
+                    f"whether the gradient that {inner} gives layer {name!r} is computed from the layer's inputs cannot be "
+                    f"determined, so LocalSolve cannot solve for it; {REMEDY}"
                 )
         self._unsure = True
         return measured
 
     def interference(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
-        """How much of the change of a batch's pre-activations is what was asked for, by layer: cosines without and with.
+        """Cosines between the actual and requested changes of pre-activations, by layer, without and with solving.
 
-        What is asked for are the errors -D; what a step does is A dW^T. Where a layer has more samples (or places) than
-        inputs, the request is taken to be that part of it to which any weight change could lead. Changes nothing.
+        The requested change is -D; the change by a step is A dW^T. Where a layer has more samples (or positions) than
+        inputs, only the part of the request that a weight change can reach counts. No side effects.
 
         Args:
             inputs: (batch, ...).
-            targets: what the loss takes.
+            targets: of the loss.
         """
         if self.calls_used is None:
             self._look(inputs, targets)
@@ -368,7 +368,7 @@ def _named(taps: dict[str, tuple[Tensor, ...]], problems: dict[str, Problem]) ->
 
 
 def _watch(rule: LocalSolve, name: str, layer: nn.Module, args: Any, output: Any) -> None:
-    """Keep what error arrives at a layer's output, while it is found out what gradients are made of."""
+    """Store the error at a layer's output during the test of how gradients are computed."""
     at = lasting(output) if isinstance(output, Tensor) else None
     if rule._problems is None or not rule._watches or at is None:
         return
@@ -384,7 +384,7 @@ def _watch(rule: LocalSolve, name: str, layer: nn.Module, args: Any, output: Any
 
 
 def _note(rule: LocalSolve, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Keep what a layer is given while the rule is called, as whatever hooks it has have left it."""
+    """Store a layer's inputs during the rule's call, after any hooks have changed them."""
     if rule._problems is None:
         return
     refuse_checkpointing(name)
@@ -399,8 +399,7 @@ def _is_telling(gradient: Tensor, least: float) -> bool:
 
 def _not_called(name: str, rule: LocalSolve) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so what it learns from is not known; "
-        f"{REMEDY}"
+        f"{type(innermost(rule)).__name__} does not call layer {name!r} as a module, so its inputs are not known; {REMEDY}"
     )
 
 

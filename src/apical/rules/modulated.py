@@ -1,12 +1,12 @@
-"""A gain for every hidden unit's error, on top of any rule; which gain is the modulator's business.
+"""A gain on every hidden unit's error, on top of any rule; the modulator computes the gain.
 
-    propagating    delta_l = M_l * (what the wrapped rule sends to layer l),   passed on below as delta_l: gains compound
-    local          dW_l = (M_l * delta_l) h_{l-1}^T,   and delta_l itself is passed on
+    propagating    delta_l = M_l * (signal of the wrapped rule at layer l),   propagated below as delta_l: gains compound
+    local          dW_l = (M_l * delta_l) h_{l-1}^T,   and delta_l itself is propagated
 
 M_l (n_l,) is computed from the layer's weight at every batch; output layers have none. "propagating" needs a rule whose
 error travels from layer to layer through the model's graph; "local" scales rows of the gradient and works for every rule.
 
-Local: a gain reads the weights of its own unit, and whatever the modulator compares them with.
+Local: a gain depends on its unit's weights, and on what the modulator compares them with.
 Source: the modes are those of arXiv 2104.11604, whose gain :mod:`apical.rules.node_importance` has.
 """
 
@@ -41,35 +41,35 @@ Mode = Literal["propagating", "local"]
 
 
 class Modulator(Protocol):
-    """What gives every unit of a layer its gain.
+    """Computes the gain of every unit of a layer.
 
-    It may have `remarks`, sentences for users, and `weights`, "outgoing" to be given those instead of the incoming ones.
+    It may have `remarks`, sentences for users, and `weights`, "outgoing" to receive those instead of the incoming ones.
     """
 
     @property
     def mode(self) -> Mode:
-        """Whether gains are passed on."""
+        """Whether gains propagate to lower layers."""
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Gains (n,) of a layer from its effective weight, (n, fan_in), or its units' outgoing weights, (n, fan_out)."""
 
 
 UNKEPT = (*PRODUCTS, *SHAPES, "FeedbackEdgeBackward")
-"""Nodes that make a plain layer's output and do not keep it for the backward pass, so that it may be changed in place."""
+"""Nodes that compute a plain layer's output without saving it for the backward pass, so it may be changed in place."""
 
 
 class Modulated(WrappedRule):
-    """The wrapped rule, with a gain on the error of every hidden unit.
+    """Wrap a rule, with a gain on the error of every hidden unit.
 
     Args:
-        rule: any rule for mode "local" but those whose feedback gets the weight's own update; for "propagating"
+        rule: for mode "local" any rule except those whose feedback gets the weight's own update; for "propagating"
             backpropagation, or a rule of the feedback-alignment family.
-        modulator: makes a layer's gains from its weight; from outgoing weights on models that are a row of blocks.
-        exact: names of modules that get no gain although they are no layers of known kind; None: those of the rule.
+        modulator: computes a layer's gains from its weight; outgoing weights need a model that is a row of blocks.
+        exact: names of modules of unknown kind that get no gain; None: those of the rule.
 
     Raises:
-        ConfigError: rule and mode do not go together, or the modulator asks for other weights than there are.
-        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; in use, units' outgoing weights are not known.
+        ConfigError: rule and mode do not fit, or the modulator needs weights that do not exist.
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; in use, units' outgoing weights are unknown.
 
     The log `gain` is the mean gain over hidden layers; `compounded` is the product of the layers' means, which in mode
     "propagating" is the factor on the first of a chain of layers.
@@ -92,8 +92,7 @@ class Modulated(WrappedRule):
             raise ConfigError(f"the modulator's mode must be 'propagating' or 'local', not {mode!r}")
         if mode == "propagating" and not self.chains_errors:
             raise ConfigError(
-                f"{type(inner).__name__} sends no error from layer to layer, so a gain on it would not be passed on; use "
-                "mode='local'"
+                f"{type(inner).__name__} sends no error from layer to layer, so a gain would not propagate; use mode='local'"
             )
         if mode == "local" and getattr(inner, "takes_weight_updates", False):
             raise ConfigError(
@@ -120,17 +119,17 @@ class Modulated(WrappedRule):
 
     @property
     def remarks(self) -> list[str]:
-        """The wrapped rule's and the modulator's."""
+        """Remarks of the wrapped rule and of the modulator."""
         return [*self.rule.remarks, *getattr(self.modulator, "remarks", ())]
 
     def gains(self) -> dict[str, Tensor]:
-        """M_l (n_l,) of each layer that has one, by the weights as they are now.
+        """Return M_l (n_l,) of each layer that has one, from the present weights.
 
         Raises:
-            ConfigError: before the first batch, which shows what the output layers are.
+            ConfigError: called before the first batch, which determines the output layers.
         """
         if self._hidden is None:
-            raise ConfigError("which layers are hidden is known after the first batch; call the rule on one before")
+            raise ConfigError("which layers are hidden is not known before the first batch; call the rule on a batch first")
         with torch.no_grad():
             return {name: self.modulator(self._weights(name)) for name in self._hidden}
 
@@ -160,7 +159,7 @@ class Modulated(WrappedRule):
         return self._modulated(inputs, targets, compiled=False)
 
     def _modulated(self, inputs: Tensor, targets: Tensor, compiled: bool) -> Credit:
-        if compiled and not torch.compiler.is_compiling():  # the model breaks the graph: its pieces would not see the gains
+        if compiled and not torch.compiler.is_compiling():  # the model breaks the graph, and its parts would miss the gains
             return self._uncompiled(inputs, targets)
         self.require_attached()
         if self._hidden is None:
@@ -188,12 +187,12 @@ class Modulated(WrappedRule):
         return credit
 
     def _require_repeated(self, layers: Sequence[nn.Module]) -> None:
-        """Refuse weights that are drawn anew at every call, by which no gain can be made before it."""
+        """Refuse weights that are redrawn at every call, since gains cannot be computed before it."""
         for name, layer in self.model.named_modules():
             if layer in layers and layer not in self._own and not computes_plainly(layer) and is_drawn(layer):
                 raise UnsupportedModelError(
-                    f"layer {name!r} makes its weight anew at every call, so gains that depend on it are not known before; "
-                    "remove what is random from the weight"
+                    f"layer {name!r} computes a new weight at every call, so its gains are not known beforehand; "
+                    "remove the randomness from the weight"
                 )
 
     def _on_output(self, name: str, gain: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ class Modulated(WrappedRule):
             if any(parameter.requires_grad for parameter in layer.parameters()) and not computes_plainly(layer):
                 remedy = "use mode='propagating', or " if self.chains_errors else ""
                 raise UnsupportedModelError(
-                    f"layer {name!r} computes with a function of its parameters, whose gradient has no rows for units; "
+                    f"layer {name!r} computes with a function of its parameters, whose gradient has no row per unit; "
                     f"{remedy}remove the function"
                 )
             shape, prefix = geometry(layer), f"{name}." if name else ""
@@ -217,14 +216,14 @@ class Modulated(WrappedRule):
         return taps
 
     def _find_hidden(self, inputs: Tensor) -> list[str]:
-        """Layers from which another weighted layer reads, found in passes of the plain model in its mode and in evaluation.
+        """Layers that feed another weighted layer, found in passes of the plain model in its mode and in evaluation mode.
 
         Raises:
-            UnsupportedModelError: a layer's weight takes part in the output without the layer's being called.
+            UnsupportedModelError: a layer's weight affects the output although the layer is not called.
         """
         if torch.compiler.is_compiling():
             raise UnsupportedModelError(
-                "which layers are hidden must be seen before torch.compile: call the rule once on a batch without it"
+                "which layers are hidden must be known before torch.compile: first call the uncompiled rule on a batch"
             )
         hidden = set[str]()
         named, spared = self.model.named_parameters(remove_duplicate=False), tuple(f"{name}." for name in self.exact)
@@ -257,17 +256,17 @@ class Modulated(WrappedRule):
                 called = sum(self.layers[other]._parameters.get("weight") is weight for other, _ in calls)
                 if weight is not None and id(weight) not in others and reads[id(weight)] > called:
                     raise UnsupportedModelError(
-                        f"the weight of layer {name!r} is used outside the layer's calls too, where units get no gain; use "
-                        "a layer with a weight of its own there"
+                        f"the weight of layer {name!r} is used outside the layer's calls, where units get no gain; use "
+                        "a layer with its own weight there"
                     )
         return [name for name in self.layers if name in hidden]
 
 
 def readers(model: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Module]:
-    """For each hidden layer of a row of blocks, by name, the layer that reads it: its columns are the units' in order.
+    """Map each hidden layer of a row of blocks, by name, to the layer that reads it; its columns are the units in order.
 
     Raises:
-        UnsupportedModelError: the model is no such row, or columns do not belong to one unit each; a layer is named.
+        UnsupportedModelError: the model is not such a row, or a column does not belong to one unit; names a layer.
     """
     _, row = blocks(model, input_shape)
     for block, following in pairwise(row):
@@ -325,10 +324,10 @@ def _read_by_others(calls: list[tuple[str, Node | None]]) -> set[str]:
 
 
 def _amplify(rule: Modulated, name: str, layer: nn.Module, args: Any, output: Any) -> Tensor | None:
-    """Put the gain on a layer's output while the rule is at work.
+    """Apply the gain at a layer's output during the rule's call.
 
     Raises:
-        UnsupportedModelError: the layer was not called when the hidden layers were looked for.
+        UnsupportedModelError: the layer was not called when the hidden layers were determined.
     """
     if not rule._learns:
         return None

@@ -1,15 +1,15 @@
-"""Node importance as the gain of a unit's error (GRAPES), and the control that tells it from a larger step.
+"""Node importance as the gain of a unit's error (GRAPES), and a control that separates it from a larger step.
 
     I_i = sum_j |W_ij|,   M_i = clip(2 I_i / max_k I_k, 1, 2)          one for each unit of a hidden layer, at every batch
 
 Local: a unit sums its own incoming weights; the maximum over its layer is shared.
 Source: Dellaferrera, Wozniak, Indiveri, Pantazi & Eleftheriou, arXiv 2104.11604, Nature Communications 13 (2022), and the
 NumPy code of IBM/GRAPES.
-Rights: the method is covered by US patent 12,020,162 B2 (IBM). Nothing else in the library imports this module. Whether you
-may use it is for you to find out.
-Departures: biases are no part of the importance, and get the gain of their unit. Convolutions have one importance for each
-output channel. Dropout masks leave the importance alone. Outgoing weights give the same gain as incoming ones do, on the
-error alone; the published code of direct feedback alignment has them on both sides of a weight.
+Rights: the method is covered by US patent 12,020,162 B2 (IBM). Nothing else in the library imports this module. You must
+check whether you may use it.
+Departures: biases do not count for the importance, and get the gain of their unit. Convolutions have one importance per
+output channel. Dropout masks do not affect the importance. Outgoing weights are used like incoming ones, as a gain on the
+error only; the published code of direct feedback alignment applies them on both sides of a weight.
 """
 
 from dataclasses import dataclass, field
@@ -55,21 +55,21 @@ class NodeImportance:
 
 @dataclass(frozen=True)
 class Matched:
-    """The control for node importance: every unit of a layer gets the layer's mean gain, so the mean step is the same.
+    """Control for node importance: every unit of a layer gets the layer's mean gain, so the mean step is the same.
 
-    What a run with :class:`NodeImportance` gains over this one is due to which units are important; the rest is step size.
+    The advantage of :class:`NodeImportance` over this control is due to which units are important; the rest is step size.
     """
 
     of: NodeImportance = field(default_factory=NodeImportance)
 
     @property
     def mode(self) -> Literal["propagating", "local"]:
-        """That of what it is the control of."""
+        """That of the controlled modulator."""
         return self.of.mode
 
     @property
     def weights(self) -> Literal["incoming", "outgoing"]:
-        """That of what it is the control of."""
+        """That of the controlled modulator."""
         return self.of.weights
 
     def __call__(self, rows: Tensor) -> Tensor:

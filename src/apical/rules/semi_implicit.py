@@ -7,8 +7,8 @@
     b_l <- b_l - sum (A_l dW_l^T + eta D_l) / (B + lam B)          with the new weights
     g_{l-1} = D_l W_l                                              through the new weights, too
 
-The gradients handed over are old minus new, so SGD with lr 1 takes the proximal step. lam -> infinity: lam / eta times the
-gradient is backpropagation's. The error of a lower layer depends on the new weights above it, so this is no optimiser.
+The gradients are old minus new weights, so SGD with lr 1 takes the proximal step. lam -> infinity: lam / eta times the
+gradient is backpropagation's. The error of a lower layer depends on the new weights above it, so this is not an optimiser.
 
 Local: the inverse correlation of a layer's inputs. The error comes through transposed weights, as in backpropagation.
 Source: Liu & Zhang, arXiv 2002.03516, and the authors' MATLAB code.
@@ -37,11 +37,11 @@ class SemiImplicit(CreditRule):
         model: a chain of Linear layers with element-wise activations.
         loss: maps (output, targets) to a scalar batch mean.
         eta: step of the neurons, in units of their errors.
-        proximity: lam, of single samples; the smaller, the more exactly weights meet the neurons' step.
+        proximity: lam, per sample; the smaller, the more exactly the weights realise the neurons' step.
 
     Raises:
-        ConfigError: an option that is not positive; or a loss with `ignore_index` or a reduction that is no mean.
-        UnsupportedModelError: the model is no chain of Linear layers, or of half precision.
+        ConfigError: an option is not positive; or a loss with `ignore_index` or a reduction other than the mean.
+        UnsupportedModelError: the model is not a chain of Linear layers, or is in half precision.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> rule = SemiImplicit(model, eta=1.0)
@@ -68,8 +68,8 @@ class SemiImplicit(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Which optimiser takes the proximal step."""
-        return ["SGD with lr 1 takes semi-implicit backpropagation's step; momentum or Adam on top make it another method"]
+        """Remark on the optimiser that takes the proximal step."""
+        return ["SGD with lr 1 takes semi-implicit backpropagation's step; with momentum or Adam it is a different method"]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
         """Credit for one batch, the step of every layer in it."""

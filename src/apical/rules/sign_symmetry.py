@@ -3,7 +3,7 @@
     delta_l = (K_{l+1}^T delta_{l+1}) * f'(a_l)
 
     uniform    K = s sign(W)                 Liao, Leibo & Poggio (arXiv 1510.05067); Xiao et al. (arXiv 1811.03567)
-    batchwise  K = |U_t| sign(W), U_t drawn anew for every batch     Moskovitz et al. (arXiv 1812.06488)
+    batchwise  K = |U_t| sign(W), U_t redrawn for every batch     Moskovitz et al. (arXiv 1812.06488)
     fixed      K = |U_0| sign(W), U_0 drawn once
 
 Not local: the sign of every weight is transported at every step; its magnitude is not. For uniformly distributed
@@ -35,7 +35,7 @@ def signs(shape: Geometry | None, weight: Tensor, magnitude: Tensor) -> Tensor:
 class DrawnSigns:
     """`|U| sign(W)` with U uniform in (-bound, bound), drawn when it is first needed.
 
-    Not U is kept but the state of the generator it came from: U takes as much memory as the weight.
+    The state of its generator is stored instead of U, which takes as much memory as the weight.
 
     Args:
         generator: for U; None draws from PyTorch's global state.
@@ -63,7 +63,7 @@ class DrawnSigns:
 
 
 def _global_generator(device: torch.device) -> torch.Generator:
-    """The one that `torch.rand` draws from on a device; where that cannot be had, one with a seed from the CPU's."""
+    """The generator of `torch.rand` on a device; if it is not accessible, one with a seed from the CPU's."""
     if device.type == "cpu":
         return torch.default_generator
     generators: tuple[torch.Generator, ...] = getattr(torch.get_device_module(device), "default_generators", ())
@@ -80,7 +80,7 @@ def _drawn(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def current_scale(weight: Tensor, blocks: int = 1) -> Tensor:
-    """Root mean square of a weight as it is now; of each of its row blocks, (n_out, 1), where there are several."""
+    """Present root mean square of a weight; of each row block, (n_out, 1), if there are several."""
     if blocks == 1:
         return weight.square().mean().sqrt()
     scales: Tensor = torch.stack([block.square().mean().sqrt() for block in weight.chunk(blocks)])
@@ -97,13 +97,13 @@ class SignSymmetry(EdgeRule):
         scale: magnitude law. "xavier": uniform variant sqrt(2/(fan_in+fan_out)), drawn variants the Xavier uniform
             law; "kaiming": standard deviation sqrt(1/(3 fan_in)), PyTorch's default initialisation; "xiao": the released
             code of arXiv 1811.03567, sqrt(2/(k^2 c_out)) for convolutions and 1/sqrt(n_in) for dense layers; "current":
-            root mean square of the weight as it is now, one number per layer that is transported beside the signs. In a
+            present root mean square of the weight, one number per layer that is transported in addition to the signs. In a
             residual network, where a branch's error is added to the stream's, magnitudes matter.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
-        generator: for the magnitudes that are drawn; None draws from PyTorch's global state.
+        generator: for random magnitudes; None draws from PyTorch's global state.
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
@@ -165,9 +165,9 @@ class SignSymmetry(EdgeRule):
         if isinstance(compute, DrawnSigns) and torch.compiler.is_compiling():
             compute.uses += 1
             if compute.uses > row_blocks(self.layers[name]) or self.generator is not None:
-                what = f"calls layer {name!r} again" if self.generator is None else "has a generator of its own"
+                what = f"calls layer {name!r} again" if self.generator is None else "has its own generator"
                 raise UnsupportedModelError(
-                    f'sign symmetry in variant "batchwise" {what}, where no compiled graph can draw its magnitudes: train '
+                    f'sign symmetry in variant "batchwise" {what}, so a compiled graph cannot draw its magnitudes: train '
                     "without torch.compile"
                 )
         return compute, tensors
@@ -180,11 +180,11 @@ class SignSymmetry(EdgeRule):
             U: of the shape of the layer's weight.
 
         Raises:
-            ConfigError: unknown layer, a wrong shape, or another variant, in which there is nothing to set.
+            ConfigError: unknown layer, a wrong shape, or another variant, which has nothing to set.
         """
         if self.variant != "fixed":
             raise ConfigError(
-                f'sign symmetry in variant "{self.variant}" makes its feedback from the weights alone; there is nothing to '
+                f'sign symmetry in variant "{self.variant}" computes its feedback from the weights; there is nothing to '
                 'set, use variant="fixed"'
             )
         self.copy_feedback(self.magnitude, name, U.abs())

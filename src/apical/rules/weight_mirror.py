@@ -30,7 +30,7 @@ from apical.errors import ConfigError
 
 
 class WeightMirror(EdgeRule):
-    """Feedback weights learned from noise, in a mode of their own.
+    """Feedback weights learned from noise, in a separate mode.
 
     Args:
         model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
@@ -42,7 +42,7 @@ class WeightMirror(EdgeRule):
         first_layer: also hold feedback for the first layer (read-outs only).
         generator: for initial feedback and noise; None draws from PyTorch's global state.
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
@@ -81,7 +81,7 @@ class WeightMirror(EdgeRule):
 
     @torch.no_grad()
     def mirror(self, steps: int = 1) -> None:
-        """Take `steps` mirror steps on every layer, which keeps the weight it computes with meanwhile."""
+        """Take `steps` mirror steps on every layer, with its weight held fixed."""
         self.require_attached()
         if not self.rate:
             return
@@ -89,7 +89,7 @@ class WeightMirror(EdgeRule):
             require_affine(self, name)
         weights = {name: self.forward_weight(name) for name in self.layers}
         if any(weight.is_meta for weight in weights.values()):
-            raise ConfigError("the model is on the meta device, which holds no weights to mirror: make them on another")
+            raise ConfigError("the model is on the meta device, which holds no weights to mirror: move it to another device")
         for _ in range(steps):
             for name, weight in weights.items():
                 feedback = self.feedback.get_buffer(key(name))
@@ -100,11 +100,11 @@ class WeightMirror(EdgeRule):
                     feedback.lerp_(mirror(weight.to(feedback), noise), self.rate)
 
     def set_feedback(self, name: str, B: Tensor) -> None:
-        """Replace the matrix B of one layer; the next mirror steps move it on.
+        """Replace the matrix B of one layer; later mirror steps update it.
 
         Args:
             name: the layer.
-            B: of the shape of the layer's weight.
+            B: in the shape of the layer's weight.
 
         Raises:
             ConfigError: unknown layer, or a wrong shape.
@@ -117,5 +117,5 @@ class WeightMirror(EdgeRule):
             self.mirror()
 
     def feedback_of(self, name: str) -> Feedback:
-        """The mirrored matrix B of this layer as it is now: the next mirror step changes the buffer."""
+        """The present mirrored matrix B of this layer: the next mirror step changes the buffer."""
         return stored, (self.feedback.get_buffer(key(name)).clone(),)

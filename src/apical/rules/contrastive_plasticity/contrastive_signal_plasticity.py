@@ -1,17 +1,17 @@
-"""Contrastive-signal-dependent plasticity (CSDP): spiking layers whose traces are to be large for data, small for contrast.
+"""Contrastive-signal-dependent plasticity (CSDP): spiking layers learn large traces for data, small ones for contrast.
 
     m = dL/dt = 2 t (p - y) / B',   p = sigmoid(sum_i t_i^2 - theta)         L: logistic loss of "is this data?", y in {1, 0}
     dW = - sum_steps (R_m m) s_pre^T,   a readout of all layers learns by its own error
 
-Neurons and network are in the modules beside this one. Negatives are the same input with a wrong class ("labels"), or mixed
-with another input of the batch ("mixtures"). No error travels between layers: a synapse knows the spikes that reach it, the
+Neurons and network are in sibling modules. Negatives are the same input with a wrong class ("labels"), or mixed
+with another input of the batch ("mixtures"). No error travels between layers: a synapse needs the spikes it receives, the
 trace of its neuron, and one number of its layer.
 
 Sources: Ororbia, arXiv 2303.18187, Science Advances 10, eadn6076, and its code; memristors: arXiv 2409.10887.
-Departures: the update is one step of the optimiser for a stimulus (`learn="stimulus"`) unless `learn="step"` asks for the
-paper's own; the answer's input spikes come from one set of numbers that all samples share, so that no chance is in it;
-while it learns, numbers are independent within a sample, but shifted from step to step alike for all samples of a kind;
-biases, where the model has them, are weights from a neuron that fires always; no reconstruction of the input.
+Departures: the update is one optimiser step per stimulus (`learn="stimulus"`) unless `learn="step"` selects the
+paper's own; the answer's input spikes come from one set of numbers that all samples share, so it is deterministic;
+during learning, numbers are independent within a sample, but shifted equally at each step for all samples of a kind;
+biases, where the model has them, are weights from a neuron that always fires; the input is not reconstructed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -58,17 +58,17 @@ Learn = Literal["stimulus", "step"]
 Readout = Literal["context", "answer"]
 
 THRESHOLD, JITTER = 0.055, 0.025
-"""Where thresholds are drawn: uniformly, so far around it."""
+"""Half-width of the uniform distribution from which thresholds are drawn."""
 
 FAINT = 0.5
-"""First weights below it, of which neurons hardly fire."""
+"""Neurons hardly fire if the first weights are smaller than this."""
 
 BOX = (nn.ReLU, nn.Hardtanh, nn.Identity)
-"""Activations that a rate between 0 and 1 may stand for."""
+"""Activations that a firing rate between 0 and 1 can represent."""
 
 
 class Held(NamedTuple):
-    """Of a stimulus that is being learned step by step."""
+    """State of a stimulus that is being learned step by step."""
 
     stimulus: Stimulus
     state: State
@@ -79,32 +79,32 @@ class Held(NamedTuple):
 
 
 class ContrastiveSignalPlasticity(CreditRule):
-    """Layers of spiking neurons learn locally in time; the answer is which class's neuron fires most.
+    """Layers of spiking neurons that learn locally in time; the predicted class is that of the neuron that fires most.
 
-    The answer is the rule's (:meth:`answer`): spikes have no derivative, and the model alone is a network of rates.
+    The answer comes from the rule (:meth:`answer`): spikes have no derivative, and the model alone is a rate network.
 
     Args:
-        model: a chain of Linear layers with ReLU, `nn.Hardtanh(0, 1)` or nothing behind them, one hidden layer at least,
+        model: a chain of Linear layers, each followed by ReLU, `nn.Hardtanh(0, 1)` or nothing; at least one hidden layer,
             such as `apical.models.spiking` makes: hidden layers are W_1..W_L, the last one reads layer L. Inputs are spike
             probabilities: below 0 counts as 0, above 1 as 1.
-        loss: of spike counts, for reports and for parameters in it; it does not teach.
+        loss: of spike counts, for reports and for its own parameters; it does not train the layers.
         negatives: "labels" (a wrong class in the context) or "mixtures" (of two inputs, without context).
-        steps: of a stimulus.
-        learn: "stimulus" makes one credit of all steps; "step" makes one of each, for `steps` calls (see `repeats`).
+        steps: number of time steps per stimulus.
+        learn: "stimulus" returns one credit for all steps; "step" returns one per step, over `steps` calls (see `repeats`).
         contrast: "threshold", or "pairs" of a positive and its negative.
-        theta: of the threshold.
-        alpha: of the pairs.
+        theta: the threshold.
+        alpha: slope of the loss of pairs.
         readout: read-outs learn while the context is shown ("context", the paper's), or while the network answers without it
-            ("answer"), which is what they are used for; better where inputs are few, as in logic.
-        mix: share of the own input in a mixture.
-        decay: taken off a weight for every step and sample in which its neuron fires without it, in `constrain_()`.
-        levels: of the two memristors that every weight is the difference of (:mod:`.memristor`); 0 has no such pairs.
-        constants: of neurons and traces.
+            ("answer"), as they are used later; better with few inputs, as in logic tasks.
+        mix: share of the sample's own input in a mixture.
+        decay: subtracted in `constrain_()` from a weight for each step and sample in which its neuron fires without it.
+        levels: of the two memristors whose difference is a weight (:mod:`.memristor`); 0 for plain weights.
+        constants: constants of neurons and traces.
 
     Raises:
         ConfigError: an option out of range, fewer than two classes, or a loss with options that labels do not have; or, in
-            use, targets that are no class labels.
-        UnsupportedModelError: the model is no such chain; a module is named.
+            use, targets that are not class labels.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
 
     >>> model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> rule = ContrastiveSignalPlasticity(model, steps=10)
@@ -143,31 +143,31 @@ class ContrastiveSignalPlasticity(CreditRule):
         require_choice("readout", readout, ("context", "answer"))
         if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
             raise ConfigError(
-                "steps must be a whole number from 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
+                "steps must be a whole number >= 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
                 f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
             )
         if readout == "answer" and learn == "step":
             raise ConfigError(
-                "readout='answer' learns from all steps at once, which learn='step' cannot; use learn='stimulus'"
+                "readout='answer' learns from all steps together, which learn='step' does not allow; use learn='stimulus'"
             )
         if not (isinstance(levels, int) and (levels == 0 or levels >= 2)):
-            raise ConfigError(f"levels must be 0, for weights without any, or a whole number from 2; got {levels}")
+            raise ConfigError(f"levels must be 0 (continuous weights) or a whole number of at least 2; got {levels}")
         refuse_options(self, "contrastive-signal-dependent plasticity")
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         if len(stages) < 2:
-            raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden one")
+            raise UnsupportedModelError(f"layer {stages[0].name!r} is the only one; spiking layers need a hidden layer")
         for stage in stages:
             if not stage.is_dense:
-                raise UnsupportedModelError(f"layer {stage.name!r} is no Linear layer on vectors; spiking layers need these")
+                raise UnsupportedModelError(f"layer {stage.name!r} is not a Linear layer on vectors; use Linear layers")
             if not isinstance(stage.activation, BOX):
                 raise UnsupportedModelError(
-                    f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not the rate "
-                    "between 0 and 1 of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
+                    f"the activation after layer {stage.name!r} ({type(stage.activation).__name__}) is not the firing rate, "
+                    "between 0 and 1, of a spiking neuron; use ReLU or Hardtanh(0, 1) there"
                 )
         self.classes = stages[-1].size
         if self.classes < 2:
-            raise ConfigError(f"contrastive plasticity needs two classes or more, and the model has {self.classes} output")
+            raise ConfigError(f"contrastive plasticity needs at least two classes, but the model has {self.classes} output")
         self.negatives, self.steps, self.learn, self.contrast = negatives, steps, learn, contrast
         self.theta, self.alpha, self.mix, self.decay, self.constants = theta, alpha, mix, decay, constants
         self.readout = readout
@@ -197,19 +197,19 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """What the model's modules do not say."""
+        """Remarks on what the model's modules do not show."""
         behind = [s.name for s in self.chain.stages[:-1] if not isinstance(s.activation, nn.Hardtanh)]
-        said = ["the answer counts spikes; the model alone is a network of rates, which nobody trained"]
+        said = ["the answer counts spikes; the model alone is a rate network, which was not trained"]
         if behind:
-            said.append(f"neurons of {' and '.join(behind)} fire or not, whatever activation stands behind them")
+            said.append(f"neurons of {' and '.join(behind)} spike, whatever activation follows these layers")
         if self._faint:
             said.append(
-                f"the first weights of {' and '.join(self._faint)} are small: spiking neurons hardly fire; start from "
+                f"the first weights of {' and '.join(self._faint)} are small, so spiking neurons hardly fire; start from "
                 "weights in [-1, 1], as models.spiking does (--model spiking-256-64)"
             )
         if self.repeats > 1:
-            said.append(f"each batch takes {self.repeats} steps of the optimiser, where other rules take one")
-        return [*said, "inputs are spike probabilities, below 0 and above 1 cut off; data named ...-raw are scaled so"]
+            said.append(f"each batch takes {self.repeats} optimiser steps; other rules take one")
+        return [*said, "inputs are spike probabilities, clipped to [0, 1]; data sets named ...-raw have this range"]
 
     @property
     def names(self) -> list[str]:
@@ -220,7 +220,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class labels.
 
         Raises:
-            ConfigError: no class labels; or, with learn="step", another batch came before this one had all its calls.
+            ConfigError: targets are not class labels; or, with learn="step", a new batch came before all calls of this one.
         """
         self.require_attached()
         learns = torch.is_grad_enabled()
@@ -242,7 +242,7 @@ class ContrastiveSignalPlasticity(CreditRule):
                     self._held = held._replace(state=state, calls=calls) if calls < self.repeats else None
         loss = value_at(self.loss, output, targets)
         finite = torch.stack([values.detach().sum() for values in (x, *self.parameters())]).isfinite().all()
-        loss = loss.where(finite, torch.nan)  # spikes would hide what is no number
+        loss = loss.where(finite, torch.nan)  # spikes would hide NaN
         return Credit.of([*roots, *terms(loss)], output, loss, logs)
 
     def answer(self, inputs: Tensor) -> Tensor:
@@ -252,8 +252,8 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @torch.no_grad()
     def constrain_(self) -> None:
-        """Take off what decays; then weights to [-1, 1], lateral ones to [0, 1] with nothing from a neuron to itself, and
-        all to what their memristors can be."""
+        """Apply the decay; then clip weights to [-1, 1], lateral ones to [0, 1] without self-connections, and round
+        all to the levels of their memristors."""
         for place, parameter in self._synapses().items():
             if parameter.requires_grad:
                 if place in self._silent:
@@ -274,7 +274,7 @@ class ContrastiveSignalPlasticity(CreditRule):
         return {name: (g[: len(inputs)], g[len(inputs) :]) for name, g in layers}
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """Goodness of positive and negative samples of the probe, and the share of steps in which neurons fire."""
+        """Goodness of the probe's positive and negative samples, and the share of steps in which neurons fire."""
         layers: dict[str, dict[str, float]] = {}
         for name, (positive, negative) in self.goodness(*probe).items():
             values = {"goodness": float(positive.mean())}
@@ -288,7 +288,7 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @torch.no_grad()
     def panels(self, probe: Batch) -> list[Panel]:
-        """Spikes of the first sample while it is answered, rates of neurons, and goodness by class."""
+        """Spikes of the first sample during the answer, firing rates, and goodness by class."""
         inputs, targets = probe
         spikes = self.spikes(inputs)
         first = {name: each[:, 0] for name, each in spikes.items()}
@@ -306,7 +306,7 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @torch.no_grad()
     def spikes(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Spikes (steps, batch, n) of every layer while it answers, 0 or 1."""
+        """Spikes (steps, batch, n) of every layer during the answer, 0 or 1."""
         spikes: dict[str, list[Tensor]] = {stage.name: [] for stage in self.chain.stages}
         for _, state in self._answering(self._enter(inputs)):
             for each, layer in zip(spikes.values(), (*state.layers, state.readout), strict=True):
@@ -314,10 +314,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         return {name: torch.stack(each) for name, each in spikes.items()}
 
     def _resumed(self, x: Tensor, targets: Tensor) -> Held | None:
-        """Where the batch stands; None where it begins."""
+        """State of the current batch; None for a new one."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "learn='step' keeps spikes from call to call, which no graph can; do not compile the rule, or use "
+                "learn='step' keeps spikes between calls, which a compiled graph cannot; do not compile the rule, or use "
                 "learn='stimulus'"
             )
         held: Held | None = self._held
@@ -325,8 +325,8 @@ class ContrastiveSignalPlasticity(CreditRule):
             return held
         self._held = None
         raise ConfigError(
-            f"learn='step' takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser after "
-            f"each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to leave a batch "
+            f"learn='step' takes {self.repeats} calls per batch (rule.repeats), with an optimiser step after "
+            f"each; a new batch came after {held.calls}. Make all calls, call rule.restart() to leave a batch "
             "early, or use learn='stimulus'"
         )
 
@@ -337,11 +337,11 @@ class ContrastiveSignalPlasticity(CreditRule):
         )
 
     def _zeros(self) -> dict[tuple[str, int], Tensor]:
-        """Where gradients are summed, by kind and layer."""
+        """Buffers that sum gradients, by kind and layer."""
         return {place: torch.zeros_like(p) for place, p in self._synapses().items() if p.requires_grad}
 
     def _additions(self, before: State, positives: int, sums: dict[tuple[str, int], Tensor]) -> list[Callable[[], object]]:
-        """What adds to sums what a step from this state teaches, once modulators and errors are written."""
+        """Functions that add a step's gradients from this state to the sums, once modulators and errors are written."""
         every: list[Callable[[], object]] = []
 
         def later(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
@@ -357,7 +357,7 @@ class ContrastiveSignalPlasticity(CreditRule):
 
     @staticmethod
     def _into(sums: dict[tuple[str, int], Tensor]) -> Callable[[str, int, Tensor, Tensor, float], None]:
-        """What adds products to sums, where there is one for them."""
+        """Return a function that adds products to their sums, if these exist."""
 
         def add(kind: str, k: int, to: Tensor, spikes: Tensor, factor: float) -> None:
             if (kind, k) in sums:
@@ -370,7 +370,7 @@ class ContrastiveSignalPlasticity(CreditRule):
     def _taught(
         self, stimulus: Stimulus, state: State, steps: int, sums: dict[tuple[str, int], Tensor]
     ) -> tuple[State, dict[str, Tensor]]:
-        """State after some steps, whose gradients are added to the sums, and mean losses."""
+        """Run some steps and add their gradients to the sums; return the state and the mean losses."""
         goods = []
         turns = state, twin(state)
         additions = [self._additions(each, stimulus.samples, sums) for each in turns]  # once: memory stays
@@ -406,10 +406,10 @@ class ContrastiveSignalPlasticity(CreditRule):
         return pairs_slope(g, self.alpha) if len(y) > samples else torch.zeros_like(g)
 
     def _note_silence(self, before: State, after: State) -> None:
-        """For every synapse, how often its neuron fired while it was silent."""
+        """Count, for every synapse, how often its neuron fired while the synapse was silent."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "decay counts spikes from call to call, which no graph can; do not compile the rule, or use decay=0"
+                "decay counts spikes between calls, which a compiled graph cannot; do not compile the rule, or use decay=0"
             )
         learning = {place for place, parameter in self._synapses().items() if parameter.requires_grad}
 
@@ -445,19 +445,19 @@ class ContrastiveSignalPlasticity(CreditRule):
         return rest(x, [self.thresholds.get_buffer(key(stage.name)) for stage in self.chain.stages], context)
 
     def _steps(self, stimulus: Stimulus, turns: tuple[State, State], steps: int) -> Iterator[tuple[State, State]]:
-        """States before and after each step: twins in turn, which share all memory but the neurons' spikes."""
+        """States before and after each step: two alternating twins that share all memory except the neurons' spikes."""
         synapses, (before, after), x, context = self._matrices(), turns, stimulus.x, stimulus.context
         for shift in x.new_empty(steps, len(x), 1, x.shape[-1]).uniform_():
             advance_(before, after, synapses, self.constants)
             yield before, after
-            draw_with_shift_(after.inputs, x, stimulus.phase, shift)  # what the next step reads
+            draw_with_shift_(after.inputs, x, stimulus.phase, shift)  # read by the next step
             if after.context is not None and context is not None:
                 after.context.copy_(context)
-                context = None  # it stays, as twins share it
+                context = None  # unchanged, as the twins share it
             before, after = after, before
 
     def _answering(self, x: Tensor) -> Iterator[tuple[State, State]]:
-        """The same without context, every sample with the same random numbers."""
+        """The same without context; all samples use the same random numbers."""
         state, synapses = self._rest(x, context=False), self._matrices()
         after = twin(state)
         for u in self.chance:

@@ -2,8 +2,8 @@
 
     W = G+ - G-,   G in {0, 1/(N-1), ..., 1};   a change of W is shared, half of it to G+ and minus half to G-
 
-A conductance between two levels becomes one of them at random, so that its mean is what was asked for: steps much smaller
-than a level still add up. Nothing but the pair is kept.
+A conductance between two levels is rounded to one of them at random, so its mean is the requested value: steps much smaller
+than a level still add up. Only the pair is stored.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from apical.core.processes import parted, whole
 
 
 def key(kind: str, k: int) -> str:
-    """Name of a matrix among the buffers.
+    """Return the name of a matrix among the buffers.
 
     >>> key("up bias", 0)
     'up_bias0'
@@ -24,7 +24,7 @@ def key(kind: str, k: int) -> str:
 
 
 def levelled(g: Tensor, levels: int, u: Tensor) -> Tensor:
-    """Conductances on their levels, up or down by chance; u are uniform numbers in [0, 1) of g's shape."""
+    """Round conductances to levels, up or down at random; u are uniform numbers in [0, 1) of g's shape."""
     return (g.clamp(0.0, 1.0) * (levels - 1) + u).floor_().div_(levels - 1)
 
 
@@ -32,7 +32,7 @@ class Pairs(nn.Module):
     """The conductances behind weights.
 
     Args:
-        weights: between -1 and 1, by kind and layer; they are not changed here.
+        weights: between -1 and 1, by kind and layer; not modified.
         levels: N.
     """
 
@@ -50,9 +50,9 @@ class Pairs(nn.Module):
 
     @torch.no_grad()
     def program_(self, weights: Mapping[tuple[str, int], Tensor]) -> None:
-        """Move conductances by what weights have changed, and make weights what the pairs then are.
+        """Move conductances by the weights' change, then set the weights to the differences of the pairs.
 
-        Chance is that of the number of the step, the same in all processes and after a restart.
+        The random numbers depend on the step's number only, so they are the same in all processes and after a restart.
         """
         chance = torch.Generator().manual_seed(int(self.programmed))
         self.programmed += 1
@@ -62,7 +62,7 @@ class Pairs(nn.Module):
             u = torch.rand((2, *weight.shape), generator=chance, dtype=torch.float64, device="cpu").to(half)
             plus.copy_(levelled(plus + half, self.levels, u[0]))
             minus.copy_(levelled(minus - half, self.levels, u[1]))
-            if place[0] == "lateral":  # not negative, and none from a neuron to itself
+            if place[0] == "lateral":  # not negative, no self-connections
                 minus.copy_(torch.minimum(minus, plus))
                 minus.diagonal().copy_(plus.diagonal())
             weight.copy_(parted(plus - minus, weight))

@@ -1,10 +1,10 @@
-"""Spiking layers in a row that run in parallel: every layer reads the spikes of the step before.
+"""A chain of spiking layers that run in parallel: every layer reads the spikes of the previous step.
 
     j_l = R_m (W_l s_{l-1} + V_l s_{l+1} + U_l c + b_l) - R_inh M_l s_l,    l = 1..L
     j_y = sum_l C_l s_l + b_y,   e = 2 (target - t_y) of positive samples
 
-c are spikes of the class (the context), s_0 those of the input, drawn at each step. What a synapse learns from one step
-is the product of the spike that reached it and a number of the neuron behind it:
+c are spikes of the class (the context), s_0 those of the input, drawn at each step. A synapse's update from one step
+is the product of the spike it received and a number of its postsynaptic neuron:
 
     dW = - (R_m m) s^T      dM = - (R_inh m) s^T      dC = (1 - |C|) R_m e s^T / (number of positive samples)
 """
@@ -41,15 +41,15 @@ class Synapses(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of all neurons after a step.
+    """State of all neurons after a step.
 
     Attributes:
         inputs: spikes of the input (rows, n_0).
-        context: those of the class (rows, K), or none.
-        neurons: all that have currents (rows, n_1 + ... + n_L + K), so that a step passes over them once.
-        layers: hidden ones, in the memory of all.
-        readout: the last ones.
-        member: of :func:`.neurons.fire_`.
+        context: spikes of the class (rows, K), or None.
+        neurons: all neurons with currents (rows, n_1 + ... + n_L + K), so that a step processes them in one pass.
+        layers: hidden layers, as views of `neurons`.
+        readout: the last K neurons.
+        member: see :func:`.neurons.fire_`.
     """
 
     inputs: Tensor
@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 
 def rest(x: Tensor, thresholds: Sequence[Tensor], context: bool) -> State:
-    """Before the first step; x (..., n_0) only for its form. Thresholds (n,): of hidden layers, then of the read-out."""
+    """State before the first step; x (..., n_0) gives only its shape. Thresholds (n,): hidden layers, then the read-out."""
     inputs = torch.zeros_like(x, memory_format=torch.contiguous_format).flatten(0, -2)
     classes = x.new_zeros(len(inputs), len(thresholds[-1])) if context else None
     neurons = resting(len(inputs), torch.cat(list(thresholds)))
@@ -70,7 +70,7 @@ def rest(x: Tensor, thresholds: Sequence[Tensor], context: bool) -> State:
 
 
 def twin(state: State) -> State:
-    """The same with other memory for the neurons' spikes: two states take turns, so that spikes before a step stay."""
+    """A twin with separate memory for the neurons' spikes: two states alternate, so that the previous spikes are kept."""
     neurons = state.neurons._replace(s=torch.empty_like(state.neurons.s))
     sizes = [layer.s.shape[1] for layer in (*state.layers, state.readout)]
     return _parted(state.inputs, state.context, neurons, state.member, sizes)
@@ -82,7 +82,7 @@ def _parted(inputs: Tensor, context: Tensor | None, neurons: Neurons, member: Te
 
 
 def charge_all_(state: State, synapses: Synapses, constants: Constants) -> None:
-    """Potentials leak and take up the currents of a state's spikes."""
+    """Let potentials leak, and add the currents of a state's spikes."""
     r = constants.resistance
     below = state.inputs
     for k, layer in enumerate(state.layers):
@@ -100,7 +100,7 @@ def charge_all_(state: State, synapses: Synapses, constants: Constants) -> None:
 
 
 def advance_(before: State, after: State, synapses: Synapses, constants: Constants) -> None:
-    """One step; its spikes come to lie in `after`, the twin of the state before."""
+    """Take one step; its spikes are written to `after`, the twin of the previous state."""
     charge_all_(before, synapses, constants)
     fire_(after.neurons, after.member, constants)
 
@@ -108,7 +108,7 @@ def advance_(before: State, after: State, synapses: Synapses, constants: Constan
 def goodness_of(state: State) -> Tensor:
     """G of hidden layers (L, rows)."""
     t, m = state.neurons.t, state.neurons.m
-    return (state.member @ torch.mul(t, t, out=m).T)[:-1]  # m is made anew at every step, and only then
+    return (state.member @ torch.mul(t, t, out=m).T)[:-1]  # m is overwritten at every step
 
 
 def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
@@ -120,14 +120,14 @@ def modulate_(state: State, slopes: Tensor, target: Tensor) -> None:
 
 
 def products(before: State, synapses: Synapses, constants: Constants, m: Sequence[Tensor], add: Callable[..., None]) -> None:
-    """What one step teaches hidden layers: `add(kind, k, to, from, factor)`, minus a matrix's change `factor * to^T from`.
+    """Add the update of hidden layers from one step: `add(kind, k, to, from, factor)`, minus a change `factor * to^T from`.
 
     Args:
-        before: the state whose spikes arrived.
-        synapses: only for which there are.
+        before: the state whose spikes are received.
+        synapses: the existing ones; only these are updated.
         constants: R_m and R_inh.
         m: modulators (rows, n_l) after the step.
-        add: takes them up.
+        add: adds one product.
     """
     r = constants.resistance
     for k, each in enumerate(m):
@@ -140,6 +140,6 @@ def products(before: State, synapses: Synapses, constants: Constants, m: Sequenc
 
 
 def read_products(before: State, constants: Constants, e: Tensor, add: Callable[..., None]) -> None:
-    """The same for read-outs; e is `t_y - target` of positive samples (positives, K)."""
+    """Add the update of read-outs; e is `t_y - target` of positive samples (positives, K)."""
     for k, layer in enumerate(before.layers):
         add("read", k, e, layer.s[: len(e)], constants.resistance * 2 / len(e))

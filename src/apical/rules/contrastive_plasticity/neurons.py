@@ -1,4 +1,4 @@
-"""Leaky integrate-and-fire neurons in discrete time, their traces, and the goodness that traces have; pure functions.
+"""Leaky integrate-and-fire neurons in discrete time, their traces, and the goodness of traces; pure functions.
 
     v <- v + (dt / tau_m) (j - v),   s = 1[v > h],   v <- (1 - s) v
     h <- max(h + rho (sum_i s_i - 1), floor)                                  one increment for the whole layer
@@ -17,16 +17,16 @@ from torch import Tensor
 
 
 class Constants(NamedTuple):
-    """Of the simulation, times in milliseconds; the released code's values.
+    """Constants of the simulation, times in milliseconds; the released code's values.
 
     Attributes:
-        dt: one step.
+        dt: duration of one step.
         membrane: tau_m.
         trace: tau_t.
         resistance: R_m, of excitatory currents.
         inhibition: R_inh, of lateral currents.
         adaptation: rho, of thresholds.
-        floor: below which no threshold falls.
+        floor: lower bound of thresholds.
     """
 
     dt: float = 3.0
@@ -49,12 +49,12 @@ class Neurons(NamedTuple):
 
 
 def draw_(spikes: Tensor, p: Tensor, u: Tensor) -> Tensor:
-    """Write 1 with probability p and else 0, by uniform numbers u in [0, 1); u may be for all rows."""
-    return torch.gt(p, u, out=spikes)  # numbers in one pass, no booleans
+    """Write 1 with probability p, otherwise 0, using uniform numbers u in [0, 1); all rows may share u."""
+    return torch.gt(p, u, out=spikes)  # floats in one pass, no booleans
 
 
 def draw_with_shift_(spikes: Tensor, p: Tensor, phase: Tensor, shift: Tensor) -> Tensor:
-    """Write spikes with probability p (kinds, samples, n) by numbers `(phase + shift) mod 1`, far quicker than fresh ones.
+    """Write spikes with probability p (kinds, samples, n) by numbers `(phase + shift) mod 1`, much faster than new draws.
 
     With a phase (samples, n) for the stimulus and a shift (kinds, 1, n) for the step, both uniform, the numbers of one row
     are uniform and independent over inputs and steps; at any one step those of all rows are.
@@ -63,18 +63,18 @@ def draw_with_shift_(spikes: Tensor, p: Tensor, phase: Tensor, shift: Tensor) ->
 
 
 def resting(rows: int, thresholds: Tensor) -> Neurons:
-    """Silent neurons (rows, n) with the thresholds (n,) that every stimulus starts from."""
+    """Return silent neurons (rows, n) with the initial thresholds (n,) of a stimulus."""
     v, s, t, m = (thresholds.new_zeros(rows, len(thresholds)) for _ in range(4))
     return Neurons(v, s, thresholds.repeat(rows, 1), t, m)
 
 
 def charge_(v: Tensor, currents: Iterable[tuple[Tensor, Tensor, float]], bias: Tensor | None, constants: Constants) -> None:
-    """The membrane's step for potentials (rows, n).
+    """Take the membrane's step for potentials (rows, n).
 
     Args:
-        v: they leak, and take up what arrives.
-        currents: spikes (rows, n_from), weights (n, n_from) and a factor, at least one of them.
-        bias: a current (n,) that always flows.
+        v: the potentials, updated in place.
+        currents: at least one triple of spikes (rows, n_from), weights (n, n_from) and a factor.
+        bias: a constant current (n,).
         constants: of the membrane.
     """
     share = constants.dt / constants.membrane
@@ -82,7 +82,7 @@ def charge_(v: Tensor, currents: Iterable[tuple[Tensor, Tensor, float]], bias: T
     if bias is not None:
         v.lerp_(bias, share)
         left = 1.0
-    for spikes, weight, factor in currents:  # no current is kept: products are added to what is left of v
+    for spikes, weight, factor in currents:  # currents are not stored: products are added to the leaked v
         v.addmm_(spikes, weight.T, beta=left, alpha=share * factor)
         left = 1.0
 

@@ -1,4 +1,4 @@
-"""A stimulus: positive samples, and the negative ones that are made of them."""
+"""A stimulus: positive samples and the negative ones derived from them."""
 
 from typing import Literal, NamedTuple
 
@@ -10,13 +10,13 @@ Negatives = Literal["labels", "mixtures"]
 
 
 class Stimulus(NamedTuple):
-    """Spike probabilities of positive samples, then negative ones: rows are samples times the kinds there are.
+    """Spike probabilities of positive, then negative samples; there is one row per sample and kind.
 
     Attributes:
-        x: of the input (kinds, samples, n_0); negatives that differ by their class alone take no memory.
+        x: of the input (kinds, samples, n_0); negatives that differ only in their class use no memory.
         phase: uniform numbers (samples, n_0) that every step shifts, see :func:`.neurons.draw_with_shift_`.
-        context: 1 for the class that is shown, which fires at every step (rows, K); None without labels.
-        target: what the read-out is to answer to positive samples (samples, K).
+        context: 1 for the shown class, which fires at every step (rows, K); None without labels.
+        target: the read-out's target for positive samples (samples, K).
         y: 1 and 0 (rows,).
         samples: positive rows.
     """
@@ -30,7 +30,7 @@ class Stimulus(NamedTuple):
 
 
 def stimulus(x: Tensor, targets: Tensor, classes: int, negatives: Negatives, mix: float) -> Stimulus:
-    """Of inputs (batch, n_0) and class labels (batch,); one sample alone has nobody to be mixed with."""
+    """Build from inputs (batch, n_0) and class labels (batch,); a single sample has no partner to mix with."""
     targets = targets.long()
     right = F.one_hot(targets, classes).to(x.dtype)
     context = None

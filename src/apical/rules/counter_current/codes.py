@@ -11,7 +11,7 @@ from apical.core.layers import is_weighted
 
 
 class FreeCodes(nn.Module):
-    """A control: in place of a block of G, codes that are parameters of their own, one row per class.
+    """A control that replaces a block of G by free parameters: codes with one row per class.
 
     Args:
         classes: K.
@@ -25,12 +25,12 @@ class FreeCodes(nn.Module):
         self.rows = nn.Parameter(torch.empty(classes, *shape, dtype=like.dtype, device=like.device).uniform_(-bound, bound))
 
     def forward(self, above: Tensor) -> Tensor:
-        """The rows (K, *shape), whatever is above."""
+        """Return the rows (K, *shape), whatever the input."""
         return self.rows
 
 
 def held(module: nn.Module) -> dict[str, Tensor]:
-    """What a block of G holds, by symbol: codes `B`, or the one weight `G`; nothing where there are more."""
+    """Return a block of G's parameters by symbol: codes `B`, or its only weight `G`; empty if it has several."""
     if isinstance(module, FreeCodes):
         return {"B": module.rows}
     layers = [part for part in module.modules() if is_weighted(part)]
@@ -39,7 +39,7 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def draw_orthogonal(row: Sequence[Block], feedback: Iterable[nn.Module]) -> None:
-    """Draw G as the authors' autoencoder does: orthogonal, enlarging blocks a thousandth as large, the input's block zero.
+    """Draw G as the authors' autoencoder does: orthogonal, a thousandth as large in enlarging blocks, zero at the input.
 
     Args:
         row: the blocks of F.
@@ -48,7 +48,7 @@ def draw_orthogonal(row: Sequence[Block], feedback: Iterable[nn.Module]) -> None
     for block, module in zip(reversed(row), feedback, strict=False):
         for layer in module.modules():
             if is_weighted(layer):
-                kind = torch.promote_types(layer.weight.dtype, torch.float32)  # half precision has no factors
+                kind = torch.promote_types(layer.weight.dtype, torch.float32)  # no QR in half precision
                 layer.weight.copy_(nn.init.orthogonal_(layer.weight.detach().to(kind)))
                 enlarges = math.prod(block.seen[1:]) > math.prod(block.image[1:])
                 layer.weight.mul_(0.0 if block is row[0] else 1e-3 if enlarges else 1.0)

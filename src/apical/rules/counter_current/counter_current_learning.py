@@ -1,8 +1,8 @@
 """Counter-current learning (Kao & Hariharan, NeurIPS 2024, arXiv 2409.19841).
 
-Two networks of mirrored shape run in opposite directions and teach each other. F maps inputs x to outputs, G maps targets
+Two networks of mirrored shape run in opposite directions and train each other. F maps inputs x to outputs, G maps targets
 (the one-hot code of every class; or the target images of an autoencoder) to the input space. Every block's input is
-detached, so a loss at a depth reaches the two blocks that meet there and no others:
+detached, so a loss at a depth reaches only the two blocks that meet there:
 
     forward   a_l     = f_l(sg(a_{l-1}))        a_0 = x,   l = 1..L      f_l: layer, normalisation, activation, pooling
     feedback  b_{l-1} = g_l(sg(b_l))            b_L = I (a row per class), or the targets
@@ -12,16 +12,16 @@ detached, so a loss at a depth reaches the two blocks that meet there and no oth
 With A, B the flattened rows of a pair, and M[i, k] = 1 where sample i is of class k:
 
     inner     (256 s / d_l) mean (A B^T - M)^2                                   the authors' code for perceptrons
-    cosine    the same with rows of unit length, and terms against collapse      that for convolutions
+    cosine    the same with rows of unit length, and anti-collapse terms          that for convolutions
     match     both sides' distance, and that of their centred maps               that for autoencoders
 
-Their gradients are closed forms (:mod:`apical.rules.counter_current.pairing`); from there they are taken through one block
-each (:mod:`apical.core.teaching`). Local: an update needs the activities that meet at its depth, its
+Their gradients have closed forms (:mod:`apical.rules.counter_current.pairing`) and are propagated through one block
+each (:mod:`apical.core.teaching`). Local: an update needs the two activities at its depth, its
 block's input, and the label. G never reads F, so both may run at the same time, and no update waits for a layer above.
 
-Departures. The paper writes the identity as the target of a pair and rows of unit length everywhere; its code, followed
-here, the membership matrix M, and no lengths for perceptrons. g_1 and the pair at the input are left out by default: nothing
-that predicts depends on them (`input_pair=True` keeps them).
+Departures. The paper uses the identity as the target of a pair and rows of unit length everywhere; its code, followed
+here, uses the membership matrix M, and no normalisation for perceptrons. g_1 and the input pair are left out by default: no
+prediction depends on them (`input_pair=True` keeps them).
 """
 
 import math
@@ -56,39 +56,39 @@ Pair = Literal["auto", "inner", "cosine", "match"]
 Feedback = Literal["mirror", "frozen", "free", "none"]
 
 SURE = 0.1
-"""The mask of the authors' code leaves out samples whose class has a probability within this of 1."""
+"""The mask of the authors' code omits samples whose class probability is within this distance of 1."""
 
 
 def exact(device: str) -> AbstractContextManager[object]:
-    """No autocast within; costs nothing where there is none."""
+    """Disable autocast inside; free where autocast is off."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class CounterCurrentLearning(CreditRule):
-    """Two anti-parallel networks that teach each other by local losses.
+    """Two anti-parallel networks that train each other by local losses.
 
     Args:
         model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with
             normalisation, activations and pooling, one after another.
-        loss: maps (output, targets) to a scalar batch mean; it teaches the last block alone.
-        pair: "inner", "cosine" or "match"; "auto" is "inner" for perceptrons and "cosine" where there are convolutions.
+        loss: maps (output, targets) to a scalar batch mean; it trains only the last block.
+        pair: "inner", "cosine" or "match"; "auto" is "inner" for perceptrons and "cosine" for models with convolutions.
         scale: s, weight of the pairs' losses; None: 0.5 for "inner", otherwise 1.
         spread: r, weight of the anti-collapse terms of "cosine"; above 0 samples of a batch depend on each other. None: 0.5
             for "cosine" with convolutions, otherwise 0.
-        feedback: "mirror" builds G from the model; "frozen" does too, and G stays as it was drawn; "free" has codes of their
-            own at every depth in its place (per-layer classifiers); "none" has no pairs, so that only the last block learns.
-            Or modules of G, from the top: the first maps the codes (K, K) to (K, *output of the last but one block), and so
+        feedback: "mirror" builds G from the model; "frozen" does too, but does not train G; "free" replaces G by trainable
+            codes at every depth (per-layer classifiers); "none" has no pairs, so that only the last block learns.
+            Or a list of G's modules, from the top: the first maps codes (K, K) to (K, *output of block L-1), and so
             on, down to the first block's output or to the input.
-        input_pair: keep g_1 and the pair at the input, which no prediction depends on.
-        mask: leave samples whose class already has a probability above 0.9 out of the pairs.
+        input_pair: keep g_1 and the pair at the input, although no prediction depends on them.
+        mask: omit from the pairs the samples whose class already has a probability above 0.9.
         enlarge: how G enlarges images, "nearest" or "transposed" (see :func:`apical.rules.counter_current.mirror.mirrored`).
-        orthogonal: draw G as the authors' autoencoder does: orthogonal, the blocks that enlarge images a thousand times
-            smaller, the one that makes the input zero.
-        input_shape: of one sample; needed where the model has convolutions.
+        orthogonal: draw G as the authors' autoencoder does: orthogonal, a thousand times smaller in blocks that enlarge
+            images, zero in the block that reconstructs the input.
+        input_shape: of one sample; required for models with convolutions.
 
     Raises:
-        UnsupportedModelError: the model is no such row, or a layer has no mirror; it is named.
-        ConfigError: an option is out of range; or, in use, targets that do not go with the pairs' loss.
+        UnsupportedModelError: the model is not such a sequence, or a layer has no mirror; the message names the layer.
+        ConfigError: an option is out of range; or, in use, targets do not fit the pairs' loss.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 5), nn.ELU(), nn.Linear(5, 3))
     >>> rule = CounterCurrentLearning(model)
@@ -147,7 +147,7 @@ class CounterCurrentLearning(CreditRule):
         codes = torch.empty(0 if self.pair == "match" else math.prod(top), *top, dtype=like.dtype, device=like.device)
         self.register_buffer("classes", codes, persistent=False)  # b_L
         _one_hot(self)
-        self.register_load_state_dict_post_hook(_one_hot)  # type: ignore[no-untyped-call]  # `to_empty` leaves anything there
+        self.register_load_state_dict_post_hook(_one_hot)  # type: ignore[no-untyped-call]  # `to_empty` leaves garbage
         if orthogonal and isinstance(feedback, str):
             draw_orthogonal(self.row, self.feedback)
         if isinstance(feedback, str) and feedback == "frozen":
@@ -155,11 +155,11 @@ class CounterCurrentLearning(CreditRule):
         taught = {id(p) for module in self.row[-1].modules for p in module.parameters()}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in taught]
         self._still = others if isinstance(feedback, str) and feedback == "none" else []
-        for parameter in self._still:  # several processes wait for every gradient that could come
+        for parameter in self._still:  # with several processes, all wait for every possible gradient
             parameter.requires_grad_(False)
 
     def detach(self) -> nn.Module:
-        """See :meth:`apical.core.credit.CreditRule.detach`; what "none" kept still may learn again."""
+        """See :meth:`apical.core.credit.CreditRule.detach`; parameters that "none" froze may learn again."""
         for parameter in self._still:
             parameter.requires_grad_(True)
         return super().detach()
@@ -179,10 +179,10 @@ class CounterCurrentLearning(CreditRule):
         return list(mirrored(self.row, enlarge, depths))
 
     def _checked(self, feedback: object) -> list[nn.Module]:
-        """A feedback network of the user's own, run once to see that its shapes fit."""
+        """Take the user's feedback network, and run it once to check its shapes."""
         modules = list(feedback) if isinstance(feedback, Sequence | nn.Sequential | nn.ModuleList) else []
         if len(modules) not in (len(self.row) - 1, len(self.row)) or not all(isinstance(m, nn.Module) for m in modules):
-            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that makes the input"
+            wanted = f"{len(self.row) - 1} modules, or {len(self.row)} with one that reconstructs the input"
             raise ConfigError(f"feedback takes {wanted}; got {len(modules)}")
         self.input_pair = len(modules) == len(self.row)
         like = self.row[-1].like
@@ -193,7 +193,7 @@ class CounterCurrentLearning(CreditRule):
             if b.shape[1:] != block.input_shape:
                 shape = tuple(b.shape[1:])
                 raise ConfigError(
-                    f"the module of feedback against layer {block.name!r} makes {shape}, not {block.input_shape}"
+                    f"the feedback module facing layer {block.name!r} returns shape {shape}, not {block.input_shape}"
                 )
         return modules
 
@@ -207,7 +207,7 @@ class CounterCurrentLearning(CreditRule):
         return list(self.feedback.parameters())
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """G's weights by the name of F's layer that they face (:func:`apical.rules.counter_current.mirror.facing`)."""
+        """G's weights by the name of the layer of F opposite them (:func:`apical.rules.counter_current.mirror.facing`)."""
         weights = {}
         for block, module in list(zip(reversed(self.row), self.feedback, strict=False))[::-1]:
             layers = [layer for layer in module.modules() if is_weighted(layer)]
@@ -217,10 +217,10 @@ class CounterCurrentLearning(CreditRule):
         return weights
 
     def set_feedback(self, layer: str, **matrices: Tensor) -> None:
-        """Set `G`, the weight of the feedback block that faces a layer, (d_{l-1}, d_l) or a kernel; or free codes `B`.
+        """Set `G`, the weight of the feedback block opposite a layer, (d_{l-1}, d_l) or a kernel; or free codes `B`.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         handles = {block.name: held(m) for block, m in zip(reversed(self.row), self.feedback, strict=False)}
         put(type(self).__name__, layer, handles, matrices)
@@ -229,14 +229,14 @@ class CounterCurrentLearning(CreditRule):
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
         """Activities "a", a_0..a_L (batch, ...), and codes "b", b_0..b_L (K, ...), in evaluation mode; nothing is learned.
 
-        Of "match" the codes are (batch, ...). Depths without a block of the feedback network have an empty b.
+        With "match" the codes are (batch, ...). Depths without a block of the feedback network have an empty b.
         """
         targets = self._check(inputs, targets)
         with evaluating(self):
             return {"a": self._activities(inputs), "b": self.codes(targets)}
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch: class labels (batch,) or, for "match", what the outputs should be (batch, ...)."""
+        """Credit for one batch with class labels (batch,) or, for "match", target outputs (batch, ...)."""
         self.require_attached()
         targets = self._check(inputs, targets)
         self._containers.require_intact(inputs, lambda x: self._activities(x)[-1])
@@ -246,12 +246,12 @@ class CounterCurrentLearning(CreditRule):
             b = self._codes(targets, learns)
             goals = self._goals(targets)
             a, local = Activity(self._prepared(inputs)), {}
-            waiting: dict[int, Activity] = {}  # for the mask, which the output decides
+            waiting: dict[int, Activity] = {}  # for the mask, which depends on the output
             for level in range(len(self.row)):
                 a = self._forth[level - 1](a.made, learns) if level else a
                 if level in levels and self.mask:
                     waiting[level] = a
-                elif level in levels:  # at once, while the activity is in the cache
+                elif level in levels:  # immediately, while the activity is in the cache
                     local[level] = self._meet(level, a, b[level], goals, teaching)
         output = self.row[-1](a.made.detach())
         with torch.no_grad():
@@ -262,9 +262,9 @@ class CounterCurrentLearning(CreditRule):
         return Credit.of(teaching.roots, output.detach(), loss, self._logs(local, loss))
 
     def _teach_output(self, output: Tensor, targets: Tensor, teaching: Teaching) -> Tensor:
-        """Teach the last block; returns the loss."""
+        """Train the last block and return the loss."""
         targets = fitted(self.loss, output, targets)
-        if self.pair == "match" and self._height > 1:  # the error alone grows with the images, not terms beside it
+        if self.pair == "match" and self._height > 1:  # only the error grows with the images, not other terms
             loss, error = output_error(self.loss, output, targets)
             teaching.teach(Activity(output), error * self._height)
             teaching.roots += terms(loss)
@@ -280,9 +280,9 @@ class CounterCurrentLearning(CreditRule):
         return self.head, self.row
 
     def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
-        """See :class:`apical.core.part.Separable`; a part has the blocks of G that make the codes at its own depths."""
+        """See :class:`apical.core.part.Separable`; a part holds the blocks of G that compute the codes at its depths."""
         if self.mask:
-            raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn at once; pass mask=False")
+            raise ConfigError("with mask=True pairs wait for the output, so parts cannot learn in parallel; pass mask=False")
         if part.below is None:
             targets = self._check(inputs, targets)
         follow(self._mirrors)
@@ -315,7 +315,7 @@ class CounterCurrentLearning(CreditRule):
         return teaching.roots, loss
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """Exact for the last block, whose loss is the model's; images as outputs have their error times their height."""
+        """Exact for the last block, whose loss is the model's; for image outputs the error is multiplied by their height."""
         scaled = self.pair == "match" and self._height > 1
         return layer_paths(self.model, inputs, "signal of its own", exact=() if scaled else (self.row[-1].name,))
 
@@ -330,7 +330,7 @@ class CounterCurrentLearning(CreditRule):
         return through(self.head, inputs)
 
     def _goals(self, targets: Tensor) -> Tensor:
-        """M (batch, K); of "match" the targets."""
+        """M (batch, K); with "match", the targets."""
         return targets if self.pair == "match" else membership(targets, len(self.classes), self.classes.dtype)
 
     def _top(self, targets: Tensor | None) -> Tensor:
@@ -341,7 +341,7 @@ class CounterCurrentLearning(CreditRule):
         return targets.reshape(len(targets), *self.row[-1].shape).to(self.row[-1].like.dtype)
 
     def _codes(self, targets: Tensor | None, learns: bool) -> list[Activity]:
-        """b_0..b_L; depths without a block of G are left empty."""
+        """b_0..b_L; depths without a block of G are empty."""
         b = [Activity(self._top(targets))]
         for module in self._back:
             b.append(module(b[-1].made, learns))
@@ -351,7 +351,7 @@ class CounterCurrentLearning(CreditRule):
     def _meet(
         self, level: int, a: Activity, b: Activity, goals: Tensor, teaching: Teaching, unsure: Tensor | None = None
     ) -> Tensor:
-        """Teach the two blocks that meet at a depth; returns the pair's loss."""
+        """Train the two blocks that meet at a depth, and return the pair's loss."""
         if level:
             self.row[level - 1].require_shape(a.made)
         if self.pair == "inner" and a.block is not None and unsure is None:  # vectors in the weights' own precision
@@ -366,7 +366,7 @@ class CounterCurrentLearning(CreditRule):
         return loss
 
     def codes(self, targets: Tensor | None = None) -> list[Tensor]:
-        """G's pass: b_0..b_L, each (K, ...), or (batch, ...) for "match"; depths without a block of G are left empty."""
+        """G's pass: b_0..b_L, each (K, ...), or (batch, ...) for "match"; depths without a block of G are empty."""
         with torch.no_grad():
             return [activity.made for activity in self._codes(targets, learns=False)]
 
@@ -386,11 +386,11 @@ class CounterCurrentLearning(CreditRule):
 
     @property
     def _height(self) -> int:
-        """H_L, the height of the images that the model makes."""
+        """H_L, the height of the model's output images."""
         return self.row[-1].image[1] if len(self.row[-1].image) > 1 else 1
 
     def _unsure(self, output: Tensor, labels: Tensor) -> Tensor:
-        """1 for samples whose class is not sure yet, otherwise 0 (batch, 1)."""
+        """1 for samples whose class is still uncertain, otherwise 0; (batch, 1)."""
         sure = output.detach().flatten(1).float().softmax(1).gather(1, labels.unsqueeze(1)) > 1 - SURE
         return (~sure).to(self.row[-1].like.dtype)
 
@@ -418,13 +418,13 @@ class CounterCurrentLearning(CreditRule):
         return a
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """The likeness (linear CKA) of each pair on the probe batch, and the accuracy of the read-outs."""
+        """The similarity (linear CKA) of each pair on the probe batch, and the accuracy of the read-outs."""
         likeness = {name: {"pair_cka": linear_cka(a, b)} for name, (a, b) in self.pairs(*probe).items()}
         return Measures(layers=likeness, depths=depth_accuracies(self.read_outs, test))
 
     @torch.no_grad()
     def pairs(self, inputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The activities that meet at each depth, (batch, d) both, by the name of F's layer below; in evaluation mode."""
+        """The two activities at each depth, both (batch, d), by the name of F's layer below; in evaluation mode."""
         targets = self._check(inputs, targets)
         with evaluating(self):
             a, b = self._activities(inputs), self.codes(targets)
@@ -443,16 +443,16 @@ class CounterCurrentLearning(CreditRule):
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, depth: int | None = None) -> Tensor:
-        """Classes (batch,) read out at a depth 1..L: the nearest code of G there; L, the default, is the model's own output.
+        """Return classes (batch,) read out at a depth 1..L: the nearest code of G there; at L (default) the model's output.
 
         Raises:
-            ConfigError: there is no read-out at this depth.
+            ConfigError: this depth has no read-out.
         """
         last = len(self.row)
         depth = last if depth is None else depth
         if self.pair == "match" or depth not in (*self._levels, last):
             there = "none" if self.pair == "match" else ", ".join(map(str, (*self._levels, last)))
-            raise ConfigError(f"there is no read-out at depth {depth}; there is at: {there}")
+            raise ConfigError(f"there is no read-out at depth {depth}; depths with one: {there}")
         with evaluating(self):
             return self._nearest(depth, self._activities(inputs)[depth], self.codes()[depth])
 

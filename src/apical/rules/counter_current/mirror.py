@@ -1,6 +1,6 @@
-"""The mirror image of a row of blocks: it runs from the last population to the first.
+"""The mirror image of a sequence of blocks: it runs from the last population to the first.
 
-Every block has a counterpart that maps the shape of its output to that of its input, with weights of its own.
+Every block has a counterpart, with its own weights, that maps the block's output shape to its input shape.
 """
 
 import copy
@@ -25,21 +25,21 @@ Enlarge = Literal["nearest", "transposed"]
 
 
 def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | None = None) -> list[nn.Sequential]:
-    """The mirror image, from the last block's counterpart down: module i maps (n, *row[-1 - i].shape) to its input's shape.
+    """Build the mirror image, from the last block down: module i maps (n, *row[-1 - i].shape) to that block's input shape.
 
-    A Linear layer becomes a Linear layer without bias (one bias for the codes of all classes would make them alike). A
-    convolution becomes one from its output to its input channels with the same kernel, behind an upsampling where the block
-    shrinks its images, and strided where it enlarges them. Normalisation and activation are those of the population that is
-    made; that at the input is made by the layer alone. Weights are drawn by PyTorch's own law; a convolution's bias, where
+    A Linear layer becomes a Linear layer without bias (a bias shared by the codes of all classes would make them similar). A
+    convolution becomes one from its output to its input channels with the same kernel size, after upsampling where the block
+    shrinks its images, and strided where it enlarges them. Normalisation and activation are those of the reconstructed
+    population; the input gets the layer alone. Weights have PyTorch's default initialisation; a convolution's bias, where
     the mirrored one has a bias, starts at zero.
 
     Args:
         row: the blocks.
-        enlarge: "nearest" repeats pixels before an ordinary convolution; "transposed" takes a transposed convolution.
-        depths: how many counterparts from the top; all by default.
+        enlarge: "nearest" repeats pixels before an ordinary convolution; "transposed" uses a transposed convolution.
+        depths: number of counterparts, from the top; all by default.
 
     Raises:
-        UnsupportedModelError: a block has no counterpart; it is named.
+        UnsupportedModelError: a block has no counterpart; the message names it.
     """
     result = []
     for level in range(len(row) - 1, len(row) - 1 - (len(row) if depths is None else depths), -1):
@@ -56,12 +56,12 @@ def mirrored(row: Sequence[Block], enlarge: Enlarge = "nearest", depths: int | N
 
 
 def mirrors(feedback: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The modules of a mirror image that have options, each with that which it mirrors."""
+    """The modules of a mirror image that have options, each with the module it mirrors."""
     return [(module, module.__dict__["mirrors"]) for module in feedback.modules() if "mirrors" in module.__dict__]
 
 
 def follow(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    """Give modules of a mirror image the class and the options that those which they mirror have by now."""
+    """Update modules of a mirror image to the present class and options of the modules they mirror."""
     for module, own in pairs:
         if type(module) is not type(own):
             module.__class__ = type(own)
@@ -76,7 +76,7 @@ def _is_option(name: str, value: object) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Whether the module is an activation, also one of a user's that nobody has registered."""
+    """Whether the module is an activation, including unregistered ones of users."""
     other = is_own(module) or is_linear(module) or is_pool(module)
     return is_activation(module) or (not other and acts_on_each(module))
 
@@ -87,22 +87,22 @@ def _fresh(module: nn.Module) -> nn.Module:
         twin.inplace = False  # type: ignore[assignment]
     if callable(getattr(twin, "reset_parameters", None)):
         twin.reset_parameters()  # type: ignore[operator]
-    twin.__dict__["mirrors"] = module  # no submodule
+    twin.__dict__["mirrors"] = module  # not as a submodule
     return twin
 
 
 def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
-    """The counterpart's layer, with what shapes its input and output."""
+    """The counterpart's layer, with the modules that reshape its input and output."""
     layer, bias = block.layer, getattr(block.layer, "bias", None) is not None
     if geometry(layer) is None:
         if len(block.shape) != 1 or len(weight_now(layer)) != block.shape[0]:
-            raise _without_mirror(block, "it does not make one vector per sample")
+            raise _without_mirror(block, "it does not return one vector per sample")
         back: list[nn.Module] = [nn.Linear(block.shape[0], math.prod(block.input_shape), bias=False)]
         if len(block.input_shape) != 1:
             back.append(nn.Unflatten(1, block.input_shape))
     else:
         if not isinstance(layer, _ConvNd):
-            raise _without_mirror(block, "its type is no convolution of PyTorch's")
+            raise _without_mirror(block, "it is not a PyTorch convolution")
         if len(block.image) != len(layer.kernel_size) + 1 or len(block.seen) != len(block.image):
             raise _without_mirror(block, f"it maps shape {block.input_shape} to {block.shape}")
         back = [] if block.image == block.shape else [nn.Unflatten(1, block.image)]
@@ -116,7 +116,7 @@ def _back(block: Block, enlarge: Enlarge) -> list[nn.Module]:
 
 
 def _convolution(block: Block, enlarge: Enlarge, bias: bool) -> list[nn.Module]:
-    """From the image the block makes to the one it is given."""
+    """From the block's output image to its input image."""
     layer = block.layer
     assert isinstance(layer, _ConvNd)
     kernel, dilation, rank = layer.kernel_size, layer.dilation, len(layer.kernel_size)
@@ -152,7 +152,7 @@ def _check(block: Block, mirror: nn.Sequential) -> None:
 
 def _without_mirror(block: Block, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"layer {block.name!r} ({type(block.layer).__name__}) has no mirror: {why}; pass a feedback network of your own"
+        f"layer {block.name!r} ({type(block.layer).__name__}) has no mirror: {why}; pass your own feedback network"
     )
 
 
@@ -163,12 +163,12 @@ def is_transposed(layer: Layer) -> bool:
 
 
 def facing(weight: Tensor, layer: Layer, back: Layer) -> Tensor | None:
-    """A counterpart's weight laid out as its layer's own, so that the two can be compared; None where shapes differ.
+    """A counterpart's weight in the layout of its layer's weight, for comparison; None where shapes differ.
 
-    Channels change places; kernels of ordinary convolutions are turned by 180 degrees, as the transposed map has them.
+    Channels are swapped; kernels of ordinary convolutions are rotated by 180 degrees, as in the transposed map.
     """
     wanted = weight_now(layer).shape
-    if is_transposed(layer) != is_transposed(back):  # both are then laid out alike
+    if is_transposed(layer) != is_transposed(back):  # both then have the same layout
         return weight if weight.shape == wanted else None
     turned = weight.transpose(0, 1)
     turned = turned.flip(tuple(range(2, weight.dim()))) if weight.dim() > 2 else turned

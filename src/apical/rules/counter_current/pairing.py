@@ -1,12 +1,12 @@
-"""Losses of a pair of populations that teach each other, and their gradients in closed form (arXiv 2409.19841).
+"""Losses of a pair of populations that train each other, and their gradients in closed form (arXiv 2409.19841).
 
-With A, B the flattened rows of a pair, M[i, k] = 1 where sample i is of class k, and hats for rows of unit length:
+A, B are the flattened rows of a pair, M[i, k] = 1 where sample i is of class k, and hats mark rows of unit length:
 
     inner     (256 s / d) mean (A B^T - M)^2
     cosine    s mean (Ahat Bhat^T - M)^2 + r mean (Ahat Ahat^T - I)^2 + r mean (Bhat Bhat^T - I)^2
     match     s H (mean (a - b)^2 + mean (c(a) - c(b))^2)      H image height, c(.) centred maps of unit length
 
-The paper writes the second with the identity in place of M; these are the losses of its code, for perceptrons, convolutions
+The paper has the identity in place of M in the second; these are the losses of its code, for perceptrons, convolutions
 and autoencoders.
 """
 
@@ -41,7 +41,7 @@ def inner(a: Tensor, b: Tensor, members: Tensor, scale: float) -> Pulled:
 def cosine(a: Tensor, b: Tensor, members: Tensor, scale: float, spread: float) -> Pulled:
     """The loss of the angles between a pair's rows, with anti-collapse terms of weight `spread`; a, b as in :func:`inner`.
 
-    Rows of unit length are never formed: their products are products of rows over lengths.
+    Rows of unit length are never formed: their products are computed as products of rows divided by lengths.
     """
     length_a, length_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
     far_a, far_b = length_a + EPSILON, length_b + EPSILON
@@ -65,8 +65,8 @@ def _turned(
     Args:
         rows: the side (n, d).
         length: of each row (n, 1); `far` is that plus EPSILON.
-        pulled: what the other side asks for (n, d), not yet without its part along each row.
-        along: that part, in units of the row's unit vector (n, 1).
+        pulled: gradient from the other side (n, d), before its component along each row is removed.
+        along: that component, in units of the row's unit vector (n, 1).
         spread: weight of the anti-collapse term.
     """
     if not spread:
@@ -76,7 +76,7 @@ def _turned(
     # Ahat Ahat^T - I
     apart = cosines - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     loss = spread * apart.square().mean()
-    apart = apart * (4 * spread / apart.numel())  # each pair of rows stands twice in the symmetric matrix
+    apart = apart * (4 * spread / apart.numel())  # each pair of rows occurs twice in the symmetric matrix
     along = along + (apart * cosines).sum(1, keepdim=True)
     return torch.addmm(pulled, apart / square - torch.diag(_over(along, length, far).squeeze(1)), rows), loss
 
@@ -112,7 +112,7 @@ def _centred(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _uncentred(gradient: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """From a gradient with respect to c(maps) to one with respect to the maps, flattened."""
+    """Turn a gradient with respect to c(maps) into one with respect to the maps, flattened."""
     far = length + EPSILON
     along = (gradient * unit).sum(2, keepdim=True) * far / length.clamp_min(torch.finfo(length.dtype).tiny)
     back = (gradient - unit * along) / far  # through the division by the length

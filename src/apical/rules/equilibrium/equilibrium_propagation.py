@@ -4,8 +4,8 @@
     nudged:  the same with Phi - beta e(s, target)
     dL/dW_k = - d/dbeta dPhi/dW_k at beta = 0 = - d/dbeta [ s_k s_{k-1}^T ]
 
-The network is not run forwards: it settles, and so does its answer (:meth:`EquilibriumPropagation.answer`). The
-derivative with respect to the nudge is taken from a few settled states, one for each nudge beta_p, by weights c_p:
+The network does not run forwards: it settles, also for its answer (:meth:`EquilibriumPropagation.answer`). The
+derivative with respect to the nudge is a weighted sum of a few settled states, one per nudge beta_p, with weights c_p:
 
 | estimator | nudges | error |
 | --- | --- | --- |
@@ -15,9 +15,9 @@ derivative with respect to the nudge is taken from a few settled states, one for
 | "five-point" (its authors' repository) | beta, -beta, 2 beta, -2 beta | O(beta^4) |
 | "holomorphic" (arXiv 2209.00530) | beta exp(2 pi i p / N), p = 1..N | O(beta^N) |
 
-With directed weights (arXiv 2006.03824; 2309.02214) a feedback matrix B_k stands in for W_k^T, and the field has no
-energy: what is estimated is only near the gradient where B is near W. Either both learn the symmetric update, and weight
-decay makes them alike; or each learns from what its own neurons saw and how its target neurons moved, and a homeostatic
+With directed weights (arXiv 2006.03824; 2309.02214) a feedback matrix B_k replaces W_k^T, and the field has no
+energy: the estimate is near the gradient only if B is near W. Either both learn the symmetric update, and weight
+decay aligns them; or each learns from its input neurons' activity and its target neurons' change, and a homeostatic
 loss makes the Jacobian symmetric.
 """
 
@@ -51,42 +51,42 @@ from apical.rules.equilibrium.network import (
 from apical.rules.equilibrium.phases import ESTIMATORS, Estimator, Phases, off_branch, phases, shares
 
 DRAWS = 5
-"""Noise vectors from which the homeostatic loss is estimated."""
+"""Number of noise vectors for the estimate of the homeostatic loss."""
 
 
 class EquilibriumPropagation(CreditRule):
-    """The network settles freely, and again under a nudge of its output; weights learn from what differs.
+    """Network that settles freely, then under a nudge of its output; weights learn from the difference.
 
     Args:
-        model: a chain of weighted layers and element-wise activations, with pooling where it likes. States of bounded
+        model: a chain of weighted layers and element-wise activations, with pooling anywhere. States of bounded
             activations (`nn.Hardtanh(0, 1)`, :class:`~apical.core.sigmoids.ShiftedSigmoid`, tanh) settle or cycle; others
-            may run away.
+            may diverge.
         loss: maps (output, targets) to a scalar batch mean; for complex nudges cross_entropy, mse_loss or squared_error.
         estimator: see the module.
         beta: size of the nudge.
-        points: nudges N of "holomorphic".
+        points: number N of nudges of "holomorphic".
         free_steps: T1.
         nudged_steps: T2.
-        cycles: of "holomorphic": 0 starts every nudge from the free state, all in one batch; otherwise the nudge goes round
-            its circle so often, from zeros, each phase going on where the last one ended. The free phase is then for the
-            answer alone.
+        cycles: of "holomorphic": 0 starts every nudge from the free state, all in one batch; otherwise the nudge runs this
+            many times round its circle, from zero states, each phase continuing from the last. The free phase is for the
+            answer only.
         output: "read-out" (the last layer reads the states; only its error enters the dynamics) or "state"; None takes
-            "state" where the last layer has an activation.
+            "state" if the last layer has an activation.
         weights: "symmetric" or "directed".
         update: of directed weights: "same" for both directions, or "different".
         homeostasis: factor of the homeostatic loss of directed weights.
-        asymmetry: degrees by which B starts rotated away from W; 90 is an independent draw.
-        bounded: states of ReLU layers are cut off at 1, for they would grow without bound: `clip(v, 0, 1)`, and its analytic
+        asymmetry: initial angle between B and W in degrees; 90 is an independent draw.
+        bounded: clip states of ReLU layers at 1, since they could grow without bound: `clip(v, 0, 1)`, or its analytic
             form ShiftedSigmoid for complex nudges.
-        damping: share of the old state that a step keeps, in [0, 1).
-        noise: standard deviation of what is added to potentials at every step while training.
+        damping: fraction of the old state that a step keeps, in [0, 1).
+        noise: standard deviation of the noise added to potentials at every step of training.
         tolerance: a phase ends early when no state moves by more in a step; 0 takes all steps.
         rates: learning rate of each layer, relative to the optimiser's; empty for 1.
         input_shape: of one sample; needed with convolutions.
-        generator: for B's start, noise and drawn signs; None draws from PyTorch's global state.
+        generator: for the initial B, noise and random signs; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain, or an activation has no complex form; the module is named.
+        UnsupportedModelError: the model is not such a chain, or an activation has no complex form; names the module.
         ConfigError: an option is out of range.
 
     Logs: `free_residual` and `nudged_residual` (the largest change of a state in a phase's last step) and, of holomorphic
@@ -155,9 +155,9 @@ class EquilibriumPropagation(CreditRule):
         if not 0 <= damping < 1:
             raise ConfigError(f"damping must be in [0, 1), got {damping}")
         if cycles < 0 or (cycles and estimator != "holomorphic"):
-            raise ConfigError(f'cycles is for estimator="holomorphic" and not negative, got {cycles} for "{estimator}"')
+            raise ConfigError(f'cycles is not negative and needs estimator="holomorphic", got {cycles}, "{estimator}"')
         if homeostasis and weights != "directed":
-            raise ConfigError('homeostasis is for weights="directed"; symmetric weights have nothing to correct')
+            raise ConfigError('homeostasis needs weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)
         require_precision(type(self).__name__, self.chain.like)
         self._cut_off: list[str] = []
@@ -172,12 +172,12 @@ class EquilibriumPropagation(CreditRule):
         read_out = isinstance(last.activation, nn.Identity) if output is None else output == "read-out"
         if read_out and len(self.chain.stages) < 2:
             raise UnsupportedModelError(
-                f'layer {last.name!r} is all there is: there is no state to settle; use output="state"'
+                f'layer {last.name!r} is the only layer, so there is no state to settle; use output="state"'
             )
         if read_out and last.after:
             raise UnsupportedModelError(
-                f"layer {last.name!r} reads the states out and has {type(last.after[0]).__name__} behind it, which no state "
-                'is: put the pooling before the layer, or use output="state"'
+                f"layer {last.name!r} is the read-out, not a state, so {type(last.after[0]).__name__} cannot follow "
+                'it: put the pooling before the layer, or use output="state"'
             )
         self.network = EquilibriumNetwork(self.chain, read_out=read_out, damping=damping, noise=noise, generator=generator)
         self.estimator, self.beta, self.points, self.generator = estimator, beta, points, generator
@@ -193,7 +193,7 @@ class EquilibriumPropagation(CreditRule):
             pools := [stage.name for stage in self._above if any(map(bends, (*stage.before, *stage.after)))]
         ):
             raise UnsupportedModelError(
-                f"layer {pools[0]!r} has pooling beside it that is not linear: homeostasis needs linear paths"
+                f"layer {pools[0]!r} is next to non-linear pooling, but homeostasis needs linear paths"
             )
         turn = asymmetry / 180 * pi
         self.back = nn.ParameterList()
@@ -204,13 +204,13 @@ class EquilibriumPropagation(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """That states of ReLU layers are bounded."""
+        """Remark that states of ReLU layers are bounded."""
         behind = " and ".join(self._cut_off)
-        return [f"ReLU states behind {behind} are cut off at 1 (bounded=False leaves them)"] if behind else []
+        return [f"ReLU states after {behind} are clipped at 1 (bounded=False turns this off)"] if behind else []
 
     @property
     def _above(self) -> list[Stage]:
-        """Stages 2..K, whose weights carry states both ways."""
+        """Stages 2..K, whose weights connect states in both directions."""
         return self.network.stages[1:]
 
     def feedback_parameters(self) -> list[nn.Parameter]:
@@ -218,14 +218,14 @@ class EquilibriumPropagation(CreditRule):
         return list(self.back)
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """What carries states downwards: B_k, or W_k itself."""
+        """The weights of the downward connections: B_k, or W_k itself."""
         return {stage.name: back for stage, back in zip(self._above, self._back(), strict=True)}
 
     def set_feedback(self, layer: str, **matrices: Tensor) -> None:
-        """Set the feedback weight `B` of a layer, in the shape of its weight; of directed weights only.
+        """Set the feedback weight `B` of a layer, in the shape of its weight; directed weights only.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         if not self.directed:
             raise ConfigError('symmetric weights are their own feedback: pass weights="directed" to set B')
@@ -236,7 +236,7 @@ class EquilibriumPropagation(CreditRule):
         return list(self.back) if self.directed else [stage.layer.weight for stage in self._above]
 
     def answer(self, inputs: Tensor) -> Tensor:
-        """The answer (batch, outputs) after a free phase; its gradient is that of backpropagation through time."""
+        """Return the answer (batch, outputs) after a free phase; its gradient is that of backpropagation through time."""
         return self.network.output(self._free(self.chain.enter(inputs), noisy=False).s)
 
     def _free(self, inputs: Tensor, *, noisy: bool) -> Settled:
@@ -258,7 +258,7 @@ class EquilibriumPropagation(CreditRule):
             logs |= {"free_residual": free.residual, "nudged_residual": nudged}
             if not torch.compiler.is_compiling() and not nudged.isfinite():
                 raise InstabilityError(
-                    "the nudged phase of equilibrium propagation runs away, though the free one does not: use a smaller "
+                    "the nudged phase of equilibrium propagation diverges, although the free one does not: use a smaller "
                     "beta or bounded activations"
                 )
         if self.homeostasis:
@@ -269,16 +269,16 @@ class EquilibriumPropagation(CreditRule):
         return Credit.of(roots, output, loss, logs)
 
     def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Settled, Tensor, Tensor]:
-        """What the first layer is given, the free state, the output, and targets that fit it."""
+        """Return the first layer's input, the free state, the output, and targets that fit it."""
         weight = self.chain.like
         require_precision(type(self).__name__, weight)
         require_one_type(type(self).__name__, weight, self.back)
-        x = self.chain.enter(inputs).resolve_neg()  # of which new tensors cannot be made
+        x = self.chain.enter(inputs).resolve_neg()  # a negative view cannot create new tensors
         free = self._free(x, noisy=True)
         if not torch.compiler.is_compiling() and not free.residual.isfinite():
             finite = x.isfinite().all() and all(stage.layer.weight.isfinite().all() for stage in self.chain.stages)
             raise InstabilityError(
-                "the free phase of equilibrium propagation runs away: its states have no bound; use bounded activations "
+                "the free phase of equilibrium propagation diverges: its states are unbounded; use bounded activations "
                 "(--model mlp-sigmoid-256 or mlp-clip-256), smaller weights or fewer steps"
                 if finite
                 else "the free phase of equilibrium propagation is not finite because inputs or weights are not"
@@ -290,14 +290,14 @@ class EquilibriumPropagation(CreditRule):
         return x, free, output, targets
 
     def _labels(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Targets as numbers of the output's shape, where the loss's error is known by them."""
+        """Targets as numbers of the output's shape, where these determine the loss's error."""
         return wanted(output, targets) if self.loss in HOLOMORPHIC and output.dim() == 2 else targets
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """States of a batch, layer by layer; nothing is learned.
+        """Return the states of a batch, layer by layer, without learning.
 
         "free": s_k (batch, *shape) of the free phase; "nudged": s_k (P, batch, *shape) under each of the nudges "beta" (P,),
-        complex where nudges are. Of a conjugate pair of nudges only one is settled. With `cycles`, of the last one.
+        complex where nudges are. Only one nudge of a conjugate pair is settled. With `cycles`, those of the last cycle.
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -314,7 +314,7 @@ class EquilibriumPropagation(CreditRule):
             return {"free": free.s, "nudged": nudged, "beta": [torch.cat([beta for beta, _ in points])]}
 
     def _nudged(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Root], Tensor, dict[str, Tensor]]:
-        """All nudges at once, from the free state: roots, residual and logs."""
+        """Settle all nudges in one batch from the free state; return roots, residual and logs."""
         beta, weights = phases(self.estimator, self.beta, self.points, x, self.generator)
         nudged = self._settle_nudged(x, free, targets, beta)
         roots = self._roots(x, free, nudged.s, targets, beta, weights)
@@ -340,7 +340,7 @@ class EquilibriumPropagation(CreditRule):
         )
 
     def _going_round(self, x: Tensor, free: list[Tensor], targets: Tensor) -> tuple[list[Root], Tensor, dict[str, Tensor]]:
-        """One nudge after the other, round the circle again and again."""
+        """Settle one nudge after the other, in repeated cycles round the circle."""
         roots: list[Root] = []
         residual = x.new_zeros(())
         for beta, weight, settled in self._rounds(x, targets):
@@ -349,7 +349,7 @@ class EquilibriumPropagation(CreditRule):
         return roots, residual, {}
 
     def _rounds(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Phases, Phases, Settled]]:
-        """Each nudge with its weight and what it settles to, from where the last one ended."""
+        """Yield each nudge with its weight and settled state, continuing from the previous one."""
         network, n = self.network, self.points * self.cycles
         s = [zeros.new_zeros(2 * len(x), *zeros.shape[1:]) for zeros in network.zeros(x)]  # a real and an imaginary part
         for turn in [2 * pi * p / self.points for p in range(self.points)] * self.cycles:

@@ -1,4 +1,4 @@
-"""What complex states ask of a network: losses, pooling and activations that are analytic."""
+"""Requirements of complex states on a network: analytic losses, pooling and activations."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ def _distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
 
 
 def _mean_distance(parts: Tensor, label: Tensor, q: int) -> Tensor:
-    """Of `F.mse_loss`, a mean over outputs too."""
+    """Error of `F.mse_loss`, which is a mean over outputs too."""
     return _distance(parts, label, q) * (2 / label.shape[-1])
 
 
@@ -60,7 +60,7 @@ def is_holomorphic(activation: nn.Module) -> bool:
 
 
 def require_complex(stages: Sequence[Stage], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Refuse what is not for complex states.
+    """Refuse modules and losses that do not support complex states.
 
     Raises:
         ConfigError: the loss.
@@ -73,12 +73,12 @@ def require_complex(stages: Sequence[Stage], loss: Callable[[Tensor, Tensor], Te
         bent = [module for module in stage.before if bends(module)] + list(filter(is_max, stage.after))
         if bent:
             raise UnsupportedModelError(
-                f"layer {stage.name!r} has {type(bent[0]).__name__} beside it, which is not for complex states: use "
+                f"layer {stage.name!r} is next to {type(bent[0]).__name__}, which does not support complex states: use "
                 "average pooling, or SoftmaxPool2d between layer and activation, or points=2"
             )
         if not is_holomorphic(stage.activation):
             raise UnsupportedModelError(
-                f"the activation behind layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
+                f"the activation after layer {stage.name!r} ({type(stage.activation).__name__}) is not analytic on "
                 "complex states: use ShiftedSigmoid, DoubleSiLU or tanh, or points=2"
             )
 
@@ -89,12 +89,12 @@ def is_max(module: nn.Module) -> bool:
 
 
 def bends(module: nn.Module) -> bool:
-    """Whether a module beside a layer is not linear."""
+    """Whether a module next to a layer is not linear."""
     return is_max(module) or isinstance(module, SoftmaxPool2d)
 
 
 def pooled(stage: Stage, v: Tensor, imaginary: int = 0) -> Tensor:
-    """`P(v)`, of the state's shape; the last `imaginary` rows are imaginary parts of those before them."""
+    """`P(v)`, of the state's shape; the last `imaginary` rows are imaginary parts of the rows before them."""
     if not imaginary or _is_linear(stage):
         return stage.pooled(v)
     real, z = _split(v, imaginary)
@@ -107,7 +107,7 @@ def _is_linear(stage: Stage) -> bool:
 
 
 def _pooled_complex(stage: Stage, z: Tensor) -> Tensor:
-    """`P(z)` of complex potentials; averages, which PyTorch has for real numbers only, act on both parts alike."""
+    """`P(z)` of complex potentials; averages, which PyTorch has only for real numbers, act on both parts separately."""
     for module in stage.after:
         z = module(z) if isinstance(module, SoftmaxPool2d) else torch.complex(module(z.real), module(z.imag))
     return z
@@ -120,14 +120,14 @@ def _split(v: Tensor, imaginary: int) -> tuple[Tensor, Tensor]:
 
 
 def unpooled(stage: Stage, signal: Tensor, v: Tensor, imaginary: int = 0, *, conjugate: bool = False) -> Tensor:
-    """`signal` through the transposed derivative of P at v; P does not care for a shift of a channel, so v needs no bias.
+    """`signal` through the transposed derivative of P at v; a channel's shift does not change it, so v needs no bias.
 
     Args:
-        conjugate: the signal is complex conjugate, and so will the result be.
+        conjugate: the signal is complex conjugate, and so is the result.
     """
     if not stage.after:
         return signal
-    if not imaginary or _is_linear(stage):  # of a linear P the derivative is real, and the same everywhere
+    if not imaginary or _is_linear(stage):  # the derivative of a linear P is real and constant
         return _through(partial(pooled, stage), v, signal)
     (real, z), (signal, complex_signal) = _split(v, imaginary), _split(signal, imaginary)
     complex_signal = complex_signal if conjugate else complex_signal.conj()

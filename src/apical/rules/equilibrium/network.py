@@ -1,10 +1,10 @@
-"""Equilibria of a chain whose layers talk both ways, for several nudges at once, real or complex.
+"""Equilibria of a chain with connections in both directions, for several real or complex nudges in parallel.
 
     v_k = P(W_k s_{k-1} + b_k) + d/ds_k [ s_{k+1} . P(B_{k+1} s_k) ] - beta de/ds_k,   s_k <- phi_k(v_k)
 
-All layers move at once from the same old state. With B = W this descends an energy; P is pooling, or nothing. The linear
-maps are real, so a complex state is kept as two rows of the batch, its real and its imaginary part: N phases of which all
-but two come in conjugate pairs take N rows per sample, as N real ones would.
+All layers update simultaneously from the old state. With B = W this descends an energy; P is pooling or the identity. The
+linear maps are real, so a complex state is two rows of the batch, its real and its imaginary part: if all but two of N
+phases come in conjugate pairs, they take N rows per sample, as N real ones would.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,30 +28,30 @@ from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, pooled, unpooled
 from apical.rules.equilibrium.phases import Phases
 
 PROJECTIONS = (nn.Hardtanh, nn.ReLU, nn.ReLU6, nn.Identity)
-"""Activations that change nothing they have made: with them a step may be damped before it is cut off, as in 2017."""
+"""Idempotent activations: with these a step may be damped before it is clipped, as in 2017."""
 
 LOOK_EVERY = 8
-"""Steps between looks at the residual where a tolerance may end a phase."""
+"""Steps between checks of the residual where a tolerance may end a phase."""
 
 Push = Callable[[Sequence[Tensor]], Tensor]
-"""What the nudge adds to the potentials of the last layer of states, given all of them; rows as theirs."""
+"""What the nudge adds to the potentials of the last layer of states, given all states, row by row."""
 
 
 class Settled(NamedTuple):
-    """States, each (rows, *shape), and the largest change of any of them in the last step."""
+    """States, each (rows, *shape), and the largest change of any state in the last step."""
 
     s: list[Tensor]
     residual: Tensor
 
 
 class EquilibriumNetwork:
-    """The states of a chain and how they move.
+    """The states of a chain and their dynamics.
 
     Args:
         chain: stages 1..L.
-        read_out: the last stage only reads the states; else it is one of them.
-        damping: share of the old state that each step keeps, in [0, 1).
-        noise: standard deviation of what is added to potentials at every step of a training phase.
+        read_out: the last stage only reads the states; otherwise it is a state.
+        damping: fraction of the old state that each step keeps, in [0, 1).
+        noise: standard deviation of the noise added to potentials at every step of a training phase.
         generator: of the noise; None draws from PyTorch's global state.
     """
 
@@ -69,14 +69,14 @@ class EquilibriumNetwork:
         self.reader = chain.stages[-1] if read_out else None
 
     def given(self, inputs: Tensor, phases: Phases | None = None) -> list[Tensor | None]:
-        """The part of each layer's potential that stays: from the input in the first, biases in the others.
+        """The constant part of each layer's potential: from the input in the first, biases in the others.
 
         Args:
-            inputs: what the first stage is given (batch, ...).
-            phases: rows for these; None is one real phase.
+            inputs: of the first stage (batch, ...).
+            phases: the phases that need rows; None is one real phase.
 
         Raises:
-            UnsupportedModelError: the samples have not the shape the chain was made for.
+            UnsupportedModelError: the samples do not have the shape the chain was made for.
         """
         first = pooled(self.stages[0], self.stages[0].layer(self.stages[0].seen(inputs)))
         require_shape(self.stages[0].name, first, self.stages[0].shape)
@@ -90,12 +90,12 @@ class EquilibriumNetwork:
             bias = stage.layer.bias
             if bias is None or q == 0 or not stage.is_dense:
                 potentials.append(bias)
-            else:  # of imaginary rows the bias is zero
+            else:  # the bias of imaginary rows is zero
                 potentials.append(torch.cat((bias.expand(p * len(first), -1), bias.new_zeros(q * len(first), len(bias)))))
         return potentials
 
     def zeros(self, inputs: Tensor) -> list[Tensor]:
-        """The states from which a free phase starts."""
+        """The initial states of a free phase."""
         return [inputs.new_zeros(len(inputs), *stage.shape) for stage in self.stages]
 
     def output(self, s: Sequence[Tensor]) -> Tensor:
@@ -114,12 +114,12 @@ class EquilibriumNetwork:
         tolerance: float = 0.0,
         noisy: bool = False,
     ) -> Settled:
-        """`steps` steps from the states `s`, or fewer if no state changes by more than `tolerance` (0 takes them all).
+        """Take `steps` steps from the states `s`, or fewer if no state changes by more than `tolerance` (0 takes all).
 
         Args:
             back: B_2..B_K.
             push: the nudge.
-            imaginary: rows at the end of each state that hold imaginary parts.
+            imaginary: number of rows at the end of each state that hold imaginary parts.
             noisy: whether noise is added.
         """
         before = s
@@ -176,7 +176,7 @@ class EquilibriumNetwork:
     def errors(self, loss: Callable[[Tensor, Tensor], Tensor], s: Sequence[Tensor], targets: Tensor, q: int) -> Tensor:
         """`de/ds_K` per sample in each phase, or `de/dv` at the read-out's layer: (P + Q, batch, outputs).
 
-        Where Q > 0 these are parts of complex numbers.
+        With Q > 0 these are parts of complex numbers.
 
         Args:
             loss: a batch mean e; complex phases need one of :data:`HOLOMORPHIC`.
@@ -195,14 +195,14 @@ class EquilibriumNetwork:
             parts = output.view(-1, batch, output.shape[-1])  # (P + Q, batch, outputs)
             error = HOLOMORPHIC[loss](parts, wanted(parts[0], targets), q)
         else:
-            # phase by phase, for a loss may compare the samples of a batch; per sample, not of the mean
+            # phase by phase, since a loss may compare samples of a batch; per sample, not of the mean
             error = torch.cat([_derivative(loss, part, targets) * batch for part in output.split(batch)])
         if not isinstance(activation, nn.Identity):
             error = _before_activation(activation, top, error.view_as(top), q * batch)
         return error.view(-1, batch, *output.shape[1:])
 
     def nudged_by(self, error: Tensor, beta: Phases, s: Sequence[Tensor]) -> Tensor:
-        """`-beta de/ds` for the last layer of states (rows, *shape), given these and what :meth:`errors` says."""
+        """`-beta de/ds` for the last layer of states (rows, *shape), given the states and the result of :meth:`errors`."""
         push = -beta.times(error).flatten(0, 1)  # (P + Q, batch, outputs) -> (rows, outputs)
         if self.reader is None:
             return push
@@ -210,31 +210,31 @@ class EquilibriumNetwork:
 
 
 def _derivative(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
-    """`de/d output`, in words of the user's where `torch.func` cannot follow the loss.
+    """`de/d output`, with a clear error where `torch.func` cannot differentiate the loss.
 
     Raises:
-        ConfigError: the loss changes what it is given or keeps, or calls an autograd function in the old style.
+        ConfigError: the loss changes tensors in place, or calls an old-style autograd function.
     """
     try:
         return torch.func.grad(loss)(output, targets)  # type: ignore[no-any-return]
     except RuntimeError as error:
         if "in-place" in str(error) or "functorch" in str(error):
             raise ConfigError(
-                "equilibrium propagation differentiates the loss by torch.func.grad, which does not follow this one: it may "
+                "equilibrium propagation differentiates the loss by torch.func.grad, which fails for this loss: it may "
                 f"change no tensor in place, and an autograd.Function needs setup_context ({str(error).splitlines()[0]})"
             ) from error
         raise
 
 
 def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
-    """The activation of rows of which the last `imaginary` are imaginary parts of those before them."""
+    """The activation of rows; the last `imaginary` rows are imaginary parts of the rows before them."""
     if imaginary == 0:
         result: Tensor = activation(v)
         return result
     real = len(v) - 2 * imaginary
     a, b = v[real : real + imaginary], v[real + imaginary :]
     if isinstance(activation, ShiftedSigmoid):
-        rates = torch.empty_like(v)  # filled piece by piece: joining pieces would copy them all
+        rates = torch.empty_like(v)  # filled piece by piece, since concatenation would copy
         torch.sigmoid(torch.add(v.new_full((), -2.0), v[:real], alpha=4), out=rates[:real])
         rates[real : real + imaginary], rates[real + imaginary :] = complex_shifted_sigmoid(a, b)
         return rates
@@ -242,7 +242,7 @@ def activated(activation: nn.Module, v: Tensor, imaginary: int) -> Tensor:
 
 
 def _before_activation(activation: nn.Module, v: Tensor, error: Tensor, imaginary: int) -> Tensor:
-    """`phi'(v) error` of rows as :func:`activated` takes them."""
+    """`phi'(v) error` for rows as in :func:`activated`."""
     real = len(v) - 2 * imaginary
     flat = derivative(activation, v[:real], activation(v[:real])) * error[:real]
     if imaginary == 0:
@@ -288,12 +288,12 @@ def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 
 def stage_roots(stage: Stage, signal: Tensor, rates: Tensor, batch: float, real: int, imaginary: int = 0) -> list[Root]:
-    """Weight and bias with the gradients of `signal . P(W rates + b)` summed over rows, over the batch size.
+    """Weight and bias with the gradients of `signal . P(W rates + b)`, summed over rows and divided by the batch size.
 
     Args:
-        signal: with imaginary rows, complex conjugate.
-        real: the first rows, which are real parts: a bias has no imaginary ones.
-        imaginary: the last rows, imaginary parts of those before them.
+        signal: complex conjugate if there are imaginary rows.
+        real: number of first rows, which are real parts; a bias uses only these.
+        imaginary: number of last rows, which are imaginary parts of the rows before them.
     """
     bias, signal = stage.layer.bias, _at_layer(stage, signal, rates, imaginary)
     roots = weight_roots(stage, stage.layer.weight, signal, rates, batch, pulled_back=True)
@@ -312,7 +312,7 @@ def weight_roots(
     *,
     pulled_back: bool = False,
 ) -> list[Root]:
-    """`weight`, which has the shape of the stage's, with its gradient; nothing where it is frozen."""
+    """`weight`, in the shape of the stage's, with its gradient; empty if frozen."""
     if not weight.requires_grad:
         return []
     signal = signal if pulled_back else _at_layer(stage, signal, rates, imaginary)
@@ -325,7 +325,7 @@ def _at_layer(stage: Stage, signal: Tensor, rates: Tensor, imaginary: int) -> Te
 
 
 def jacobian_product(stages: Sequence[Stage], back: Sequence[Tensor], d: Sequence[Tensor]) -> list[Tensor]:
-    """`J d` of the field `W_k u_{k-1} + B_{k+1}^T u_{k+1} - u_k` in the activities u, whose activation is passed over."""
+    """`J d` of the field `W_k u_{k-1} + B_{k+1}^T u_{k+1} - u_k` in the activities u, ignoring the activation."""
     product = []
     for k, stage in enumerate(stages):
         # row k of J d: W_k d_{k-1} + B_{k+1}^T d_{k+1} - d_k

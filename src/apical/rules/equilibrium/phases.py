@@ -1,4 +1,4 @@
-"""Nudges of equilibrium propagation, real or complex, the weights of their states in an estimate, and how far they agree."""
+"""Nudges of equilibrium propagation, real or complex, the weights of their states in an estimate, and their agreement."""
 
 from collections.abc import Sequence
 from math import cos, pi, sin
@@ -48,7 +48,7 @@ class Phases(NamedTuple):
         return torch.complex(parts[:p], torch.cat((torch.zeros_like(parts[: p - q]), parts[p:])))
 
     def conjugate_rows(self, parts: Tensor) -> Tensor:
-        """Imaginary parts with the other sign: the sum over rows of `a' b` is then the real part of the sum of `a b`."""
+        """Negate imaginary parts: the sum over rows of `a' b` is then the real part of the sum of `a b`."""
         q = len(self.im)
         return torch.cat((parts[: len(parts) - q], -parts[len(parts) - q :])) if q else parts
 
@@ -56,7 +56,7 @@ class Phases(NamedTuple):
 def phases(
     estimator: Estimator, size: float, points: int, like: Tensor, generator: torch.Generator | None
 ) -> tuple[Phases, Phases]:
-    """beta_p and c_p; of a conjugate pair only one is settled, with twice the weight."""
+    """beta_p and c_p; only one of a conjugate pair is settled, with twice the weight."""
     one, none = like.new_ones(1), like.new_zeros(0)
     if estimator in ("one-sided", "random-sign"):
         sign = coins((1,), like, generator) if estimator == "random-sign" else 1
@@ -77,16 +77,16 @@ def phases(
 
 
 def shares(beta: Phases, c: Phases) -> Tensor:
-    """`-beta_p c_p`, which is real: how much each settled phase counts in a mean over all (P,)."""
+    """`-beta_p c_p`, which is real: the weight of each settled phase in a mean over all (P,)."""
     share = -beta.re * c.re[: len(beta.re)]
     return share + F.pad(beta.im * c.im, (len(beta.re) - len(beta.im), 0)) if len(beta.im) else share
 
 
 def off_branch(free: Sequence[Tensor], nudged: Sequence[Tensor], share: Tensor) -> Tensor:
-    """Distance of the phases' mean state from the free one, relative to how far phases lie from it; 0 for zero movement.
+    """Distance of the phases' mean state from the free one, relative to the phases' own distance; 0 without movement.
 
-    A function that is analytic within the circle of nudges has its value at the centre as its mean on the circle, up to
-    O(beta^N). Where this is not small, nudges are too large for a continuous branch of equilibria, and more of them do not
+    The mean on the circle of a function that is analytic inside equals its value at the centre, up to
+    O(beta^N). If the distance is not small, nudges are too large for a continuous branch of equilibria; more nudges do not
     help.
     """
     gaps, moves = [], []

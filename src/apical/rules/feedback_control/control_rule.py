@@ -1,9 +1,9 @@
-"""What the rules of feedback control share: a model seen as a chain, feedback weights to every layer, and the local rules.
+"""Common base of the feedback-control rules: a model as a chain, feedback weights to every layer, and the local rules.
 
     forward   dW_i = 2 [phi(v_i) - phi(v_i^ff)] r_{i-1}^T,   v_i^ff = W_i r_{i-1} + b_i
     feedback  dQ_i = -v_i^fb u^T / sigma^2 - beta Q_i
 
-(arXiv 2106.07887, eqs. 5 and 13.) Where the states come from, a simulation or a solve, is up to the rule.
+(arXiv 2106.07887, eqs. 5 and 13.) The rule decides how states are computed: by a simulation or a solver.
 """
 
 import warnings
@@ -30,7 +30,7 @@ Start = Literal["product", "random"]
 Learn = Literal["expected", "noise", "none"]
 
 LOOK_EVERY = 100
-"""Calls between looks at the stability of the controller where nothing is simulated."""
+"""Calls between stability checks of the controller where nothing is simulated."""
 
 
 class ControlRule(CreditRule):
@@ -40,7 +40,7 @@ class ControlRule(CreditRule):
         model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
         loss: maps (output, targets) to a scalar batch mean.
         loop: the controller.
-        sleep: the controller and the noise of the phase in which feedback is learned.
+        sleep: the controller and the noise of the phase that learns feedback.
         difference: "rate" compares `phi(v)` in the forward rule, "voltage" the potentials themselves.
         feedback: initial Q: "product" of the forward weights, or "random".
         learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
@@ -49,8 +49,8 @@ class ControlRule(CreditRule):
         generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an unknown choice, or feedback to be learned without noise.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
+        ConfigError: an unknown choice, or learning of feedback without noise.
     """
 
     two_phase = True
@@ -109,7 +109,7 @@ class ControlRule(CreditRule):
 
         Raises:
             ConfigError: the batch is empty, or the model was moved without the rule.
-            UnsupportedModelError: the samples have not the shape the rule was made for.
+            UnsupportedModelError: the samples do not have the shape the rule was made for.
         """
         require_precision(type(self).__name__, self.chain.like)
         require_one_type(type(self).__name__, self.chain.like, self.feedback)
@@ -127,7 +127,7 @@ class ControlRule(CreditRule):
         """Set the feedback weights of a layer: `Q` (n_i, n_L), which carries the control to it.
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         handles = {stage.name: {"Q": q} for stage, q in zip(self.chain.stages, self.feedback, strict=True)}
         put(type(self).__name__, layer, handles, matrices)
@@ -135,7 +135,7 @@ class ControlRule(CreditRule):
     def named_states(
         self, states: States, target: Tensor, u: Tensor, state: Controlled, basal: Sequence[Tensor]
     ) -> dict[str, list[Tensor]]:
-        """What :meth:`states` of the rules returns.
+        """Return the result of the rules' :meth:`states`.
 
         Args:
             states: the feed-forward states.
@@ -176,7 +176,7 @@ class ControlRule(CreditRule):
         stages = self.chain.stages
         summed = [torch.zeros_like(v) for v in states.v]
         products = [torch.zeros_like(stage.layer.weight) for stage in stages]
-        points = 1  # the feed-forward state has no share in the sums
+        points = 1  # the feed-forward state adds nothing to the sums
         for moment in moments:
             assert moment.basal is not None
             points += 1
@@ -201,7 +201,7 @@ class ControlRule(CreditRule):
         return [pair for pair in zip(self.feedback, gradients, strict=True) if pair[0].requires_grad]
 
     def cause(self, states: States, *, moves: bool = True) -> str:
-        """Which parameter to change, from the eigenvalues of the loop on a few samples.
+        """Return which parameter to change, from the eigenvalues of the loop on a few samples.
 
         Args:
             moves: see :meth:`watch`.
@@ -218,30 +218,30 @@ class ControlRule(CreditRule):
 
     @property
     def remedy(self) -> str:
-        """What helps a steady state that is not found although its loop looks stable."""
+        """Advice for a steady state that is not found although its loop looks stable."""
         return f"raise alpha={self.loop.alpha:g}"
 
     def warn(self, message: str) -> None:
-        """Warn, but of one call in :data:`LOOK_EVERY` at most."""
+        """Warn, at most once in :data:`LOOK_EVERY` calls."""
         if self.solves >= self._quiet:
             self._quiet = self.solves + LOOK_EVERY
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def advice(self, gains: Sequence[Tensor]) -> str | None:
-        """What :func:`apical.rules.feedback_control.stability.advice` says of the first samples' `M_i`."""
+        """Advice of :func:`apical.rules.feedback_control.stability.advice` for the first samples' `M_i`."""
         loop, total = self.loop, sum(gains[1:], gains[0])
         advise = partial(advice, total, depth=len(gains), leak=loop.leak, by_layer=gains)
         return advise(alpha=loop.alpha, k_p=loop.k_p, dt=loop.dt, tau=loop.tau)
 
     def watch(self, states: States, *, moves: bool = True) -> None:
-        """Now and then, warn of a controller that would be unstable if it were simulated.
+        """Check periodically, and warn of a controller that would be unstable if it were simulated.
 
-        Neither wide outputs, whose M_i are large, nor the steady state of strong control are watched; of these the residual
-        alone tells, in the logs and in a warning.
+        Wide outputs, whose M_i are large, and the steady state of strong control are not checked; there only the residual
+        shows instability, in the logs and in a warning.
 
         Args:
-            states: the feed-forward ones; a few samples are looked at.
-            moves: the dynamics is meant as it is set, with its step and delays; else the steady state alone.
+            states: the feed-forward states; a few samples are checked.
+            moves: check the dynamics with its step and delays; otherwise the steady state alone.
         """
         if torch.compiler.is_compiling():
             return
@@ -249,7 +249,7 @@ class ControlRule(CreditRule):
             gains = self._gains(states)
             reason = self.advice(gains) if moves else self._violation(gains)
             if reason:
-                warnings.warn(f"the steady state is not a stable one: {reason}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"the steady state is unstable: {reason}", RuntimeWarning, stacklevel=2)
         self.calls += 1
 
     def _violation(self, gains: Sequence[Tensor]) -> str | None:
@@ -261,12 +261,12 @@ class ControlRule(CreditRule):
 
 
 class NoiseCorrelation:
-    """Mean over samples and time of `v_i^fb[t] u[t+1]^T` along a trajectory: what the feedback rule sees.
+    """Mean over samples and time of `v_i^fb[t] u[t+1]^T` along a trajectory, the input of the feedback rule.
 
     Args:
         feedback: Q_i, for their shapes.
         states: the feed-forward states.
-        rate: of the low-pass filter whose output is taken off the control first; 0 for none. The filter starts at u[1].
+        rate: of the low-pass filter whose output is subtracted from the control; 0 for none. The filter starts at u[1].
     """
 
     def __init__(self, feedback: Sequence[Tensor], states: States, rate: float = 0.0) -> None:
@@ -276,7 +276,7 @@ class NoiseCorrelation:
         self._slow: Tensor | None = None
 
     def __call__(self, moment: Moment) -> None:
-        """Take in the next moment."""
+        """Add the next moment."""
         u = moment.u
         if self._rate:
             self._slow = u.clone() if self._slow is None else torch.lerp(self._slow, u, self._rate)

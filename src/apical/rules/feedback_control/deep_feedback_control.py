@@ -1,21 +1,21 @@
 """Deep feedback control (Meulemans, Tristany Farinha, Garcia Ordonez, Vilimelis Aceituno, Sacramento & Grewe, 2106.07887).
 
-A controller drives the output from r_L^- towards a target a little better; what every neuron must add for it is its credit:
+A controller drives the output from r_L^- to a slightly better target; the change this requires of a neuron is its credit:
 
     target   r_L* = r_L^- - lambda dLoss/dr_L  =  r_L^- + delta
     network  tau dv_i/dt = -v_i + W_i phi(v_{i-1}) + b_i + Q_i u,     controller  u = u_int + k_p e,  e = r_L* - r_L
     forward  dW_i = 2 [phi(v_i) - phi(v_i^ff)] r_{i-1}^T,   v_i^ff = W_i r_{i-1} + b_i
     feedback dQ_i = -v_i^fb u^T / sigma^2 - beta Q_i,   in a phase with noise sigma and the network's own output as target
 
-Local: a synapse W sees its neuron's rate, the basal prediction of it and its input; Q sees the apical potential and u.
+Local: a synapse W needs its neuron's rate, the basal prediction of it, and its input; Q needs the apical potential and u.
 
 DFC averages the forward rule over the trajectory, DFC-SS takes its steady state, DFC-SSA the steady state of the linearised
 system, `u = (J Q + a I)^-1 delta`. `solver="simulate"` integrates the equations; "closed-form" (DFC, SSA) and "steady" (SS)
-give what the integration settles to, hundreds of times faster.
+return the state to which the integration settles, hundreds of times faster.
 
 Departures: lambda is per sample (the authors' first code divides it by the batch); samples that do not converge are kept,
-and said. Without instant transmission the forward rule compares a potential with the basal one of the same instant, as the
-paper has it, `v_i^ff[t] = W_i r_{i-1}[t] + b_i`; the authors' program, with `W_i r_{i-1}[t-1] + b_i`, the one that drove it.
+and reported. Without instant transmission the forward rule compares a potential with the basal one of the same instant, as
+in the paper, `v_i^ff[t] = W_i r_{i-1}[t] + b_i`; the authors' program uses `W_i r_{i-1}[t-1] + b_i`, the one that drove it.
 With `learn="expected"` the feedback update is the expectation of the local rule over the noise, not itself a local rule.
 The decay beta is left to the optimiser.
 """
@@ -41,10 +41,10 @@ SOLVERS = {"dfc": ("closed-form", "simulate"), "ss": ("steady", "simulate"), "ss
 """The solvers of each variant, the default first."""
 
 CLOSE = 1e-3
-"""Residual, relative to the way to the target, above which a steady state counts as not found."""
+"""Residual, relative to the distance to the target, above which a steady state counts as not found."""
 
 LINEAR = 0.1
-"""The same of the linearised control, which is off by design, as far as its closed form may be trusted."""
+"""The same for linearised control, which misses the target by design: the limit up to which its closed form is valid."""
 
 
 class DeepFeedbackControl(ControlRule):
@@ -54,9 +54,9 @@ class DeepFeedbackControl(ControlRule):
         model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
         loss: maps (output, targets) to a scalar batch mean.
         variant: "dfc", "ss" or "ssa".
-        solver: "closed-form" (dfc, ssa), "steady" (ss) or "simulate" (dfc, ss); None takes the fast one.
+        solver: "closed-form" (dfc, ssa), "steady" (ss) or "simulate" (dfc, ss); None selects the fast one.
         nudge: lambda, how far down the loss gradient the target lies.
-        normalised: divide the update by 2 lambda, so that learning rates have their usual size; False leaves it as in the
+        normalised: divide the update by 2 lambda, so that learning rates have their usual size; False keeps it as in the
             paper, proportional to lambda (the authors divide the learning rate by it).
         alpha: leak of the controller.
         k_p: its proportional gain.
@@ -66,8 +66,8 @@ class DeepFeedbackControl(ControlRule):
         leak: "code" lets the whole control leak, as in the authors' programs; "paper" its integral only.
         proactive, instant_transmission: order of the updates within a step, see
             :class:`apical.rules.feedback_control.trajectory.Loop`.
-        newton: first steps of the solver "steady", with the slope at the feed-forward state; samples they leave farther than
-            a thousandth of the way from their target go on with damped Newton steps. The log `residual` says what is left.
+        newton: initial steps of the solver "steady", with the slope at the feed-forward state; samples still farther than
+            a thousandth of the way from their target continue with damped Newton steps. The log `residual` shows the rest.
         difference: "rate" compares `phi(v)`, "voltage" the potentials themselves.
         feedback: initial Q: "product" of the forward weights, or "random".
         learn: "expected" or "noise" trains Q, by the expectation of the local rule or by simulating it; "none" fixes Q.
@@ -77,8 +77,8 @@ class DeepFeedbackControl(ControlRule):
         generator: for random initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an option is out of range or does not fit another; or a loss with a reduction that is no mean.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
+        ConfigError: an option is out of range or does not fit another; or the loss has a reduction other than the mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> rule = DeepFeedbackControl(model, variant="ssa", alpha=1e-6, learn="none")
@@ -137,7 +137,7 @@ class DeepFeedbackControl(ControlRule):
         self.correlations = [correlation(sleep, depth) for depth in range(len(self.chain.stages), 0, -1)]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        """Credit for one batch, for the weights that :attr:`phase` names: forward, feedback, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
@@ -167,7 +167,7 @@ class DeepFeedbackControl(ControlRule):
         return Credit.of(roots, output, loss, logs)
 
     def delta(self, error: Tensor) -> Tensor:
-        """How far the target lies from the output, (batch, n_L), for the loss's gradient `error`."""
+        """Distance of the target from the output, (batch, n_L), for the loss's gradient `error`."""
         return error.flatten(1) * (-self.nudge * len(error))
 
     def _solved(self, states: States, delta: Tensor, resolvent: Resolvent) -> tuple[list[Root], dict[str, Tensor]]:
@@ -181,16 +181,16 @@ class DeepFeedbackControl(ControlRule):
             self._say_late(states.rows(late), residual[late], delta[late], len(delta))
         elif self.variant != "ss":
             self._look(left)
-        if not torch.compiler.is_compiling():  # a number that changes would be compiled again and again
+        if not torch.compiler.is_compiling():  # a changing number would be recompiled every time
             self.solves += 1
         return self.roots_at(states, state, q), {"control": u.norm(dim=1).mean(), "residual": left}
 
     def _steady(
         self, states: States, delta: Tensor, resolvent: Resolvent
     ) -> tuple[Tensor, Controlled, Tensor, Tensor | None]:
-        """The steady state, or the linearised one: control, state, what is left of the equation (batch, n_L).
+        """Return the steady or linearised state: control, state, residual of the equation (batch, n_L).
 
-        And which samples have not reached it, None where all have; samples that the first few steps leave far from it go on
+        Also return which samples have not reached it, None if all have; samples far from it after the first steps continue
         by damped Newton.
         """
         steps = self.newton if self.variant == "ss" else 0
@@ -201,7 +201,7 @@ class DeepFeedbackControl(ControlRule):
         tolerance = 1e-10 if delta.dtype == torch.float64 else 1e-5
         start, rest = u[late], states.rows(late)
         settled = settle(self.chain, rest, self.q, delta[late], start, self._resolvent, self.loop.a, tolerance)
-        lost = ~settled.any(1, keepdim=True) & ~start.isfinite().all(1, keepdim=True)  # is to be refused
+        lost = ~settled.any(1, keepdim=True) & ~start.isfinite().all(1, keepdim=True)  # to be refused
         u = u.index_copy(0, late, torch.where(lost, start, settled))
         state = control.controlled_pass(self.chain, states, control.apical(self.chain, self.q, u))
         residual = state.rho[-1].flatten(1) + self.loop.a * u - delta
@@ -214,7 +214,7 @@ class DeepFeedbackControl(ControlRule):
         return Resolvent(self.chain, states, self.q, self.loop.a)
 
     def _say_late(self, states: States, residual: Tensor, delta: Tensor, batch: int) -> None:
-        """Warn of the samples given, of a batch, that have no steady state within reach."""
+        """Warn of the given samples of a batch, for which no steady state was found."""
         worst = float((residual.norm(dim=1) / delta.norm(dim=1)).amax())
         self.warn(
             f"no steady state was found for {len(delta)} of {batch} samples (largest residual {worst:.1e} of the way to the "
@@ -222,12 +222,12 @@ class DeepFeedbackControl(ControlRule):
         )
 
     def _look(self, left: Tensor) -> None:
-        """Warn, now and then, of a linearisation that does not hold."""
+        """Warn periodically of an inaccurate linearisation."""
         if torch.compiler.is_compiling() or self.solves % LOOK_EVERY or not float(left) > LINEAR:
             return
         other = "variant='ss'" if self.variant == "ssa" else "solver='simulate'"
         self.warn(
-            f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form is for weak "
+            f"the linearised control misses its target by {float(left):.1e} of the way there; the closed form needs weak "
             f"control: lower nudge={self.nudge:g} or pass {other}"
         )
 
@@ -252,7 +252,7 @@ class DeepFeedbackControl(ControlRule):
             states.r[-1].flatten(1).norm(dim=1), delta.norm(dim=1)
         )  # outputs may be smaller than the nudge
         if bool((residual.norm(dim=1) > scale).any()):
-            raise InstabilityError(f"the controlled dynamics runs away from its target; {self.cause(states)}")
+            raise InstabilityError(f"the controlled dynamics diverges from its target; {self.cause(states)}")
         settled = residual.norm(dim=1) < 1e-2 * delta.norm(dim=1)
         return roots, {"control": last.u.norm(dim=1).mean(), "settled": settled.to(delta.dtype).mean()}
 
@@ -262,7 +262,7 @@ class DeepFeedbackControl(ControlRule):
         )
 
     def _feedback_roots(self, states: States, rows: list[Tensor]) -> list[Root]:
-        """Roots of the feedback rule, given the batch means of the R_i if they are known; its decay is the optimiser's."""
+        """Roots of the feedback rule, given the batch means of the R_i if known; the decay is left to the optimiser."""
         scale = 1 / max(self.sleep.sigma, 0.01) ** 2
         if self.learn == "expected":
             rows = rows or control.mean_jacobian(self.chain, states)
@@ -277,7 +277,7 @@ class DeepFeedbackControl(ControlRule):
     def trace(self, inputs: Tensor, targets: Tensor) -> Trace:
         """Somatic, basal and apical potentials, control and output of every sample over the simulated time.
 
-        Memory: three times points x batch x neurons; take few samples.
+        Memory: three times points x batch x neurons; use few samples.
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -286,11 +286,11 @@ class DeepFeedbackControl(ControlRule):
             return record(states, self._walk(states, self.delta(error), basal=True), self.loop.dt)
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """States of a batch under control, layer by layer, each (batch, *shape); nothing is learned.
+        """Return states of a batch under control, layer by layer, each (batch, *shape), without learning.
 
         Feed-forward potentials "v_minus" and rates "r_minus"; the output's "target" r_L*, the control "u" (both alone in
         their lists, (batch, n_L)); and under it the potentials "v", rates "r", basal "v_ff" and apical potentials "v_fb":
-        at the steady state, the linearised one, or the end of the simulation, as the variant and its solver have it.
+        at the steady state, the linearised one, or the end of the simulation, depending on variant and solver.
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
@@ -306,7 +306,7 @@ class DeepFeedbackControl(ControlRule):
             return self.named_states(states, target, u, state, [d - q for d, q in zip(state.d, state.q, strict=True)])
 
     def _refuse(self, u: Tensor, states: States, delta: Tensor, residual: Tensor | None) -> None:
-        """Never let a control that is not finite make weights that are not."""
+        """Keep a non-finite control from making weights non-finite."""
         if torch.compiler.is_compiling() or not bool(delta.isfinite().all()):
             return
         if not bool(u.isfinite().all()) or (residual is not None and not bool(residual.isfinite().all())):
@@ -314,7 +314,7 @@ class DeepFeedbackControl(ControlRule):
 
 
 def _late(residual: Tensor, delta: Tensor) -> Tensor | None:
-    """Numbers of the samples that are not at rest although their target is finite; None where there are none."""
+    """Indices of samples that are not at rest although their target is finite; None if there are none."""
     near = residual.norm(dim=1) <= CLOSE * delta.norm(dim=1)
     if bool(near.all()):
         return None

@@ -1,4 +1,4 @@
-"""Is the control loop of Deep Feedback Control stable, and if not, which parameter to change.
+"""Stability of the control loop of Deep Feedback Control, and which parameter to change if it is unstable.
 
 Meulemans et al., "Credit Assignment in Neural Networks through Deep Feedback Control", arXiv 2106.07887: the network
 
@@ -27,7 +27,7 @@ from apical.errors import ConfigError, require_choice
 from apical.rules.feedback_control.trajectory import Leak
 
 EXACT = 300
-"""Up to this many states of the loop its eigenvalues are computed; above, those of scalar modes."""
+"""Up to this many states, the loop's eigenvalues are computed; above, those of scalar modes."""
 
 
 def require_leak(leak: str) -> None:
@@ -40,13 +40,13 @@ def require_leak(leak: str) -> None:
 
 
 def reduced_eigenvalues(mu: Tensor, alpha: float, k_p: float, leak: Leak = "code") -> Tensor:
-    """Eigenvalues of the controller's slow dynamics when the network follows at once (tau -> 0), in units of 1/tau_u.
+    """Eigenvalues of the controller's slow dynamics when the network follows instantly (tau -> 0), in units of 1/tau_u.
 
     Args:
         mu: eigenvalues of J Q, any shape, real or complex.
         alpha: leak of the integrator.
         k_p: proportional gain.
-        leak: what leaks.
+        leak: which quantity leaks, "code" or "paper".
 
     Returns:
         Of mu's shape; the loop is stable when all real parts are negative *and* Re(1 + k_p mu) > 0 (the network itself).
@@ -76,7 +76,7 @@ def loop_matrix(gains: Tensor, *, alpha: float, k_p: float, tau: float, leak: Le
         alpha: leak of the integrator.
         k_p: proportional gain.
         tau: time constant of the network over that of the controller.
-        leak: what leaks.
+        leak: which quantity leaks, "code" or "paper".
 
     Returns:
         (..., (L + 1) n_L, (L + 1) n_L), in units of 1/tau_u.
@@ -101,9 +101,9 @@ def loop_matrix(gains: Tensor, *, alpha: float, k_p: float, tau: float, leak: Le
 
 
 def loop_step(gains: Tensor, *, alpha: float, k_p: float, dt: float, tau: float, leak: Leak = "code") -> Tensor:
-    """One Euler step of the same loop as the simulation takes it; state (x_1, ..., x_L, u_int, u), n_L each.
+    """One Euler step of the same loop, as in the simulation; state (x_1, ..., x_L, u_int, u), n_L each.
 
-    The controller steps first, then the layers in ascending order, each seeing the new u and the new layer below
+    The controller steps first, then the layers in ascending order, each with the new u and the new state below
     ("proactive", "instant transmission").
 
     Args:
@@ -112,7 +112,7 @@ def loop_step(gains: Tensor, *, alpha: float, k_p: float, dt: float, tau: float,
         k_p: proportional gain.
         dt: step, in units of tau_u.
         tau: time constant of the network over that of the controller.
-        leak: what leaks.
+        leak: which quantity leaks, "code" or "paper".
 
     Returns:
         (..., (L + 2) n_L, (L + 2) n_L).
@@ -145,14 +145,14 @@ def loop_step(gains: Tensor, *, alpha: float, k_p: float, dt: float, tau: float,
 
 
 def largest_stable_dt(gains: Tensor, *, alpha: float, k_p: float, tau: float, leak: Leak = "code") -> float:
-    """Largest step up to tau for which all loops decay, by bisection to 0.1 %; 0 where no step is stable.
+    """Return the largest step up to tau for which all loops decay, by bisection to 0.1 %; 0 if no step is stable.
 
     Args:
         gains: M_i = J_i Q_i, (..., L, n_L, n_L), real or complex; see :func:`scalar_modes` where only J Q is known.
         alpha: leak of the integrator.
         k_p: proportional gain.
         tau: time constant of the network over that of the controller.
-        leak: what leaks.
+        leak: which quantity leaks, "code" or "paper".
 
     Raises:
         ConfigError: unknown `leak`.
@@ -173,16 +173,16 @@ def advice(
     leak: Leak = "code",
     by_layer: Sequence[Tensor] | None = None,
 ) -> str | None:
-    """One sentence on which parameter keeps the loop from settling, or None where nothing is wrong.
+    """Return one sentence on which parameter keeps the loop from settling, or None if it is stable.
 
     Args:
-        jq: (batch, n_L, n_L), J Q of each sample at the feed-forward (or the controlled) state; a few samples will do.
+        jq: (batch, n_L, n_L), J Q of each sample at the feed-forward (or the controlled) state; a few samples are enough.
         depth: number L of layers.
         alpha: leak of the integrator.
         k_p: proportional gain.
         dt: step of the simulation, in units of tau_u.
         tau: time constant of the network over that of the controller.
-        leak: what leaks.
+        leak: which quantity leaks, "code" or "paper".
         by_layer: M_i = J_i Q_i, L of (batch, n_L, n_L), whose sum is `jq`; None: spread evenly, as a guess.
 
     Raises:
@@ -210,9 +210,9 @@ def advice(
 
 
 def violation(mu: Tensor, alpha: float, k_p: float, leak: Leak) -> str | None:
-    """The sentence for eigenvalues mu (batch, n_L) of J Q whose slow mode, or the network under k_p alone, does not decay.
+    """Advice for eigenvalues mu (batch, n_L) of J Q whose slow mode, or the network under k_p alone, does not decay.
 
-    None where both do (Condition 3).
+    None if both decay (Condition 3).
     """
     smallest = float(mu.real.min())
     network = 1 + k_p * mu.real
@@ -236,7 +236,7 @@ def violation(mu: Tensor, alpha: float, k_p: float, leak: Leak) -> str | None:
 
 
 def _never_settles(gains: Tensor, alpha: float, k_p: float, tau: float, leak: Leak) -> str:
-    """The sentence for a loop that oscillates up whatever the step: the network lags too far behind its controller."""
+    """Advice for a loop that oscillates and diverges at any step: the network lags too far behind its controller."""
     with_gain = partial(_settles, gains, alpha, tau=tau, leak=leak)
     with_tau = partial(_settles, gains, alpha, k_p, leak=leak)
     remedies = []
@@ -250,7 +250,7 @@ def _never_settles(gains: Tensor, alpha: float, k_p: float, tau: float, leak: Le
         remedies.append(f"lower tau = {tau:g} below about {_largest(with_tau, tau):.3g}")
     remedy = ", or ".join(remedies) or "scale the feedback weights Q down, or retrain them"
     layers = gains.shape[-3]
-    return f"the control loop oscillates up for every dt, because {layers} layers lag behind the controller: {remedy}."
+    return f"the control loop oscillates and diverges for every dt: {layers} layers lag behind the controller; {remedy}."
 
 
 def _settles(gains: Tensor, alpha: float, k_p: float, tau: float, leak: Leak) -> bool:

@@ -2,12 +2,12 @@
 
     tau_v dv_i/dt = -v_i + W_i phi(v_{i-1}) + b_i + Q_i u,   u = u_int + k_p e,   tau_u du_int/dt = e - alpha u
 
-At rest `e = a u`, so that n_L numbers per sample decide everything. With J = d r_L / d v at the feed-forward state and
+At rest `e = a u`, so n_L numbers per sample determine the state. With J = d r_L / d v at the feed-forward state and
 M = J Q (n_L x n_L), the linearised steady state is `u = (M + a I)^-1 delta` for a target `delta` away from the
 feed-forward output; the exact one solves `rho_L(u) + a u = delta`, where rho_L is the output's shift in a forward pass
 with `Q_i u` added to every layer (Meulemans et al., arXiv 2106.07887, Lemma 1).
 
-Everything is in deviations from the feed-forward state, which keeps float32 exact however weak the control.
+All quantities are deviations from the feed-forward state, which keeps float32 accurate even for weak control.
 """
 
 import math
@@ -23,17 +23,17 @@ from apical.core.noise import initial
 from apical.rules.feedback_control.trajectory import Loop
 
 WIDE = 64
-"""Outputs from which the solve goes through the narrower layer below, where the feedback permits it."""
+"""Number of outputs from which the solver uses the narrower layer below, where the feedback permits it."""
 
 
 CACHE = 2**19
-"""Bytes of one stage's Jacobian rows that are worked on at a time: half of a core's second-level cache."""
+"""Bytes of one stage's Jacobian rows processed at a time: half of a core's second-level cache."""
 
 NEWTON_STEPS = 40
-"""Newton steps at most."""
+"""Maximum number of Newton steps."""
 
 HALVINGS = 12
-"""Times that a step is halved before its sample is given up."""
+"""Number of halvings of a step before its sample is given up."""
 
 
 class Controlled(NamedTuple):
@@ -75,7 +75,7 @@ def output_jacobian(chain: Chain, states: States, stages: int | None = None) -> 
             if not is_linear(above):
                 rows.mul_(gains[-1].unsqueeze(-1))
         else:
-            pulled = above.transposed(rows.reshape(-1, above.size))  # W^T on batch n_k rows at once
+            pulled = above.transposed(rows.reshape(-1, above.size))  # W^T on batch n_k rows together
             rows = pulled.view(len(gain), -1, part[i].size).mul_(gain)
         jacobian.append(rows)
     return jacobian[::-1]
@@ -129,9 +129,9 @@ def loop_gains(jacobian: Sequence[Tensor], feedback: Sequence[Tensor]) -> list[T
 
 
 def loop_gain(chain: Chain, states: States, feedback: Sequence[Tensor]) -> Tensor:
-    """`M = sum_i M_i = J Q`, (batch, n_L, n_L): how the outputs answer to control, propagated forward.
+    """`M = sum_i M_i = J Q`, (batch, n_L, n_L): the response of the outputs to control, propagated forward.
 
-    Cheaper than through the R_i, whose products with the Q_i it does without.
+    Cheaper than through the R_i, since it avoids their products with the Q_i.
     """
     pushes = [weights.T.contiguous() for weights in feedback]  # unit controls, one by one: (n_L, n_i)
     parts = [responses(chain.stages, slopes(chain, part), pushes).mT for part in parts_in_cache(chain, states)]
@@ -142,7 +142,7 @@ def responses(stages: Sequence[Stage], gains: Sequence[Tensor], pushes: Sequence
     """Linear response of the last stage's rates (batch, k, n) to k controls, at the slopes `gains` (batch, *shape).
 
     Args:
-        pushes: what each control puts on the potentials of every stage, (k, n_i), the same for all samples.
+        pushes: what each control adds to the potentials of every stage, (k, n_i), the same for all samples.
     """
     rows = pushes[0] * gains[0].flatten(1).unsqueeze(1)
     for stage, gain, push in zip(stages[1:], gains[1:], pushes[1:], strict=True):
@@ -169,7 +169,7 @@ def gain_and_mean(chain: Chain, states: States, feedback: Sequence[Tensor] | Non
 
 
 def parts_in_cache(chain: Chain, states: States) -> Iterator[States]:
-    """On a CPU the batch in parts whose Jacobian stays in the cache, which saves a quarter of the time."""
+    """Split the batch on a CPU into parts whose Jacobian fits the cache, which saves a quarter of the time."""
     size = _cached_samples(chain, states)
     for first in range(0, max(1, len(states.r[0])), size):
         part = slice(first, first + size)
@@ -177,7 +177,7 @@ def parts_in_cache(chain: Chain, states: States) -> Iterator[States]:
 
 
 def _cached_samples(chain: Chain, states: States) -> int:
-    """Samples whose rows R_i of two stages fit into half a megabyte, in parts of about equal size; on a GPU all."""
+    """Number of samples whose rows R_i of two stages fit into half a megabyte, in parts of similar size; all on a GPU."""
     output, batch = states.r[-1], len(states.r[0])
     if not output.is_cpu or torch.compiler.is_compiling():
         return batch
@@ -220,7 +220,7 @@ class Resolvent:
     Args:
         states: where the slopes are taken.
         a: steady error per control, `e = a u`.
-        gain: M (batch, n_L, n_L), where it is known.
+        gain: M (batch, n_L, n_L), if known.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class Resolvent:
         return solution.squeeze(-1)
 
     def by_depth(self, u: Tensor) -> Tensor:
-        """`sum_i (L - i + 1) M_i u`, in one linear pass: how long control takes to the output, in layers; (batch, n_L)."""
+        """`sum_i (L - i + 1) M_i u`, in one linear pass: the delay of control to the output, in layers; (batch, n_L)."""
         depth = len(self.chain.stages)
         pushes = [(depth - i) * push for i, push in enumerate(apical(self.chain, self.feedback, u))]
         return linear_pass(self.chain, slopes(self.chain, self.states), pushes)[-1].flatten(1)
@@ -270,7 +270,7 @@ class WideResolvent(Resolvent):
 def goes_below(chain: Chain, feedback: Sequence[Tensor]) -> bool:
     """Whether :class:`WideResolvent` applies: dense stages, wide linear output, and Q_L frozen at the identity.
 
-    Never inside compiled graphs, which cannot look at Q_L.
+    Never inside compiled graphs, which cannot inspect Q_L.
     """
     *lower, last = chain.stages
     if last.size < WIDE or not lower or lower[-1].size > last.size or not all(stage.is_dense for stage in chain.stages):
@@ -301,8 +301,8 @@ def steady_state(
 
 
 def soma_minus_basal(chain: Chain, states: States, state: Controlled, q: Sequence[Tensor]) -> list[Tensor]:
-    """`phi(v_i) - phi(v_i - q_i)` at the controlled potentials: the rate against what the layer below predicts."""
-    if q[0] is state.d[0]:  # control is all that moves the first layer
+    """`phi(v_i) - phi(v_i - q_i)` at the controlled potentials: the rate minus the prediction of the layer below."""
+    if q[0] is state.d[0]:  # only control moves the first layer
         return [state.rho[0], *_soma_minus_basal(chain, states, state, q, 1)]
     return _soma_minus_basal(chain, states, state, q, 0)
 
@@ -320,7 +320,7 @@ def time_averaged(
     """Soma minus basal potential of every stage, averaged over a whole simulation of weak control, without simulating it.
 
     For a small target the discrete loop (instant transmission, proactive) is linear. Summed over time, with kappa = dt/tau
-    and T points, it gives, up to what has not settled after T points,
+    and T points, it gives, except for what has not settled after T points,
 
         S = (M + a I)^-1 [ (1 - kappa)/kappa sum_i (L - i + 1) M_i - w I ] u
         q_i = Q_i (u + S/T) - (1 - kappa)/(kappa T) d_i
@@ -393,13 +393,13 @@ def settle(
 
         F(u) = rho_L(u) + a u - delta = 0,   F'(u) = M(u) + a I,   M = J Q at the controlled state
 
-    Every step takes the slope where it stands, and of the step so much, 1, 1/2, 1/4, ..., that `|F|` of its sample falls.
-    The control is as near as the method comes; nothing is raised.
+    Every step uses the slope at the present control, and the fraction 1, 1/2, 1/4, ... for which `|F|` of its sample falls.
+    Return the nearest control found; nothing is raised.
 
     Args:
         states: the feed-forward states.
         delta: how far the target lies from the output (batch, n_L).
-        u: where from; a sample that is farther from its target than without control starts without.
+        u: initial control; a sample that is farther from its target than without control starts from zero.
         slope: `(M + a I)^-1` at given states.
         a: steady error per control.
         tolerance: of `|F|`, relative to `|delta|`.
@@ -411,7 +411,7 @@ def settle(
         return state, miss, miss.norm(dim=1)
 
     start = delta.norm(dim=1)
-    # |F(0)| = |delta|: who is farther than that starts without control
+    # |F(0)| = |delta|: samples farther than that start without control
     u = torch.where((at(u)[2] < start).unsqueeze(1), u, 0.0)
     state, miss, size = at(u)
     for _ in range(NEWTON_STEPS):
@@ -422,7 +422,7 @@ def settle(
         step = step.where(step.isfinite().all(1, keepdim=True), 0.0)
         stride, taken = torch.where(done, 0.0, 1.0).to(u), done  # (batch,)
         for _ in range(HALVINGS):
-            # Armijo: enough of the fall that the slope promises
+            # Armijo: a sufficient part of the predicted decrease
             taken = taken | (at(u + stride.unsqueeze(1) * step)[2] < (1 - 1e-4 * stride) * size)
             if bool(taken.all()):
                 break

@@ -2,11 +2,11 @@
 
     goal - out(r_L^- + rho_L(u)) = a u,   out = softmax for classes (so the error is minus the loss's gradient), or identity
 
-n_L unknowns per sample, far from linear. Newton's method would need the Jacobian of the whole network again and again;
-here only the output's own part of it (softmax) is exact at every step, while M = J Q of the layers is carried along by
-Broyden's rank-one updates and made anew now and then, for the samples that are not done.
+n_L unknowns per sample, far from linear. Newton's method would need the Jacobian of the whole network repeatedly;
+here only its output part (softmax) is exact at every step, while M = J Q of the layers is maintained by
+Broyden's rank-one updates and recomputed periodically for the samples that have not converged.
 
-Towards classes the first step is taken in logits, in which the softmax is no longer in the way:
+For classes the first step is taken in logits, which avoids the softmax:
 
     r_L^- + M u = log(goal - a u) + c,   with log(goal - a u) ~ log goal - (a / goal) u, c such that sum(u) = 0
 """
@@ -20,7 +20,7 @@ from apical.core.chain import Chain, States
 from apical.rules.feedback_control.states import Controlled, apical, controlled_pass, controlled_states, loop_gain
 
 PASSES = 12
-"""Quasi-Newton steps between two Jacobians."""
+"""Number of quasi-Newton steps between two Jacobians."""
 
 
 class Held(NamedTuple):
@@ -30,7 +30,7 @@ class Held(NamedTuple):
         u: control (batch, n_L).
         state: the network under it.
         residual: norm per sample of `goal - out - a u`, relative to that without control; (batch,).
-        passes: controlled passes that the slowest sample took.
+        passes: number of controlled passes of the slowest sample.
     """
 
     u: Tensor
@@ -40,12 +40,12 @@ class Held(NamedTuple):
 
 
 def outcome(output: Tensor, classes: bool) -> Tensor:
-    """What is compared with the goal: class probabilities or the output itself."""
+    """The quantity compared with the goal: class probabilities or the output itself."""
     return torch.softmax(output, 1) if classes else output
 
 
 def error_left(output: Tensor, goal: Tensor, rho: Tensor, classes: bool) -> Tensor:
-    """Output error `goal - out(output + rho)`, all (batch, n_L); of a regression without loss of digits for small rho."""
+    """Output error `goal - out(output + rho)`, all (batch, n_L); for regression without loss of digits at small rho."""
     return goal - outcome(output + rho, True) if classes else goal - output - rho
 
 
@@ -68,28 +68,28 @@ def hold(
     tolerance: float,
     most: int = 6 * PASSES,
 ) -> Held:
-    """Control that holds every sample's outcome at its `goal` (batch, n_L), but for the leak.
+    """Find the control that holds every sample's outcome at its `goal` (batch, n_L), up to the leak.
 
     Args:
         states: the feed-forward states.
         a: steady error per control.
         classes: the goal is a distribution over classes.
         tolerance: of the residual, relative to the error without control.
-        most: controlled passes at most.
+        most: maximum number of controlled passes.
 
     Returns:
-        The best control found for each sample. Nothing is raised where a goal cannot be held: the residual tells.
+        The best control found for each sample. No error is raised if a goal cannot be held: check the residual.
     """
     u = torch.zeros_like(goal)
     start = (goal - outcome(states.r[-1].flatten(1), classes)).norm(dim=1)
     aim = tolerance * start + (8 * torch.finfo(goal.dtype).eps if classes else 0.0)  # probabilities are rounded
-    samples = torch.arange(len(goal), device=goal.device)  # those still worked on
+    samples = torch.arange(len(goal), device=goal.device)  # not converged yet
     unmet = torch.ones_like(samples, dtype=torch.bool)
     problem = _Problem(chain, states, feedback, goal, a, classes)
     guess, passes = problem.linearise(u), 0
     while passes < most:
         guess = problem.step(guess) if passes or not classes else problem.step_in_logits(guess)
-        u[samples] = torch.where(unmet.unsqueeze(1), guess.u, u[samples])  # what is done stays, whoever else is not
+        u[samples] = torch.where(unmet.unsqueeze(1), guess.u, u[samples])  # converged samples stay
         passes += 1
         unmet = unmet & (guess.size > aim[samples])
         if not bool(unmet.any()):
@@ -104,7 +104,7 @@ def hold(
 
 
 class _Guess(NamedTuple):
-    """Where the iteration stands: control, output shift, miss and its norm, loop gain M, and the share of a step to dare."""
+    """State of the iteration: control, output shift, miss and its norm, loop gain M, and the fraction of a step to take."""
 
     u: Tensor
     rho: Tensor
@@ -145,7 +145,7 @@ class _Problem(NamedTuple):
         return _Guess(u, state.rho[-1].flatten(1), miss, miss.norm(dim=1), gain, torch.ones_like(u[:, 0]))
 
     def step(self, at: _Guess) -> _Guess:
-        """One step of Newton's method with the M at hand."""
+        """One step of Newton's method with the present M."""
         slope = outcome_slope(self.states.r[-1].flatten(1) + at.rho, self.classes) @ at.gain
         slope.diagonal(dim1=1, dim2=2).add_(self.a)
         # errors of class probabilities sum to zero, and so does their control: the leak need not hold that direction
@@ -159,11 +159,11 @@ class _Problem(NamedTuple):
         slope = slope - slope.mean(1, keepdim=True) + 1 / at.u.shape[1]  # P (M + a D) + 1 1^T / n: what c adds is taken off
         shift = self.goal.log() - self.states.r[-1].flatten(1)
         solution = torch.linalg.solve_ex(slope, shift - shift.mean(1, keepdim=True))[0]
-        return self.taken(at, solution)._replace(stride=at.stride)  # one that brings nothing closer says nothing of Newton's
+        return self.taken(at, solution)._replace(stride=at.stride)  # its failure says nothing of Newton's stride
 
     def taken(self, at: _Guess, step: Tensor) -> _Guess:
-        """The guess after a step (batch, n_L), which the samples take that it brings closer."""
-        # where the outcome does not move at all (saturated, without leak) there is no step; the others go on
+        """The guess after a step (batch, n_L), applied only to the samples that it brings closer."""
+        # where the outcome does not move at all (saturated, without leak) there is no step; the others continue
         step = step.where(step.isfinite().all(1, keepdim=True), 0.0)
         u = at.u + step
         state = controlled_pass(self.chain, self.states, apical(self.chain, self.feedback, u))

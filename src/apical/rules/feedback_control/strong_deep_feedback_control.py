@@ -13,12 +13,12 @@ of u teaches the feedback, because its mean carries the label.
 
 `solver="steady"` finds the true steady state by Newton's method; "simulate" runs the authors' short trajectory, which does
 not reach it (with their settings the control is mostly proportional). With `learn="expected"` the feedback update is its
-expectation over the noise to first order in the loop gain, not itself a local rule. What "noise" samples holds two more
-terms, which at the default gain are the larger ones: `Q <u u^T>`, a decay of Q along u, and the trajectory's own transient
+expectation over the noise to first order in the loop gain, not itself a local rule. The samples of "noise" contain two more
+terms, which are the larger ones at the default gain: `Q <u u^T>`, a decay of Q along u, and the trajectory's own transient
 towards the label, which the low-pass filter lets through in part. The paper's body could not be read: the single-phase rule
 follows its abstract and the released code.
 
-Departure: the error of classes is the softmax one from the start, also while Q is pre-trained.
+Departure: for classes the error is the softmax one from the start, also during pre-training of Q.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,15 +49,15 @@ class StrongDeepFeedbackControl(ControlRule):
 
     Args:
         model: a chain of weighted layers and element-wise activations (see :class:`apical.core.chain.Chain`).
-        loss: maps (output, targets) to a scalar batch mean, for reports: the controller knows the targets alone. Integer
-            targets are classes, others the wished output itself.
+        loss: maps (output, targets) to a scalar batch mean, for reports: the controller uses only the targets. Integer
+            targets are classes, others the desired output itself.
         solver: "steady" or "simulate".
         label: probability of the true class in the target.
         alpha, k_p, dt, points, tau, leak: the controller and its step, see
             :class:`apical.rules.feedback_control.trajectory.Loop`.
         sigma, sigma_output: noise in the apical compartments of hidden layers and output.
         tau_noise: its time constant.
-        tau_slow: time constant tau_f of the low-pass filter whose output is taken off the control.
+        tau_slow: time constant tau_f of the low-pass filter whose output is subtracted from the control.
         scaled: scale the feedback update of layer i by `(1 + tau/tau_noise)^(L - i)`, which equalises the layers.
         tolerance: of the steady state, relative to the error without control; None: 1e-5 in float32, 1e-10 in float64.
         difference: "rate" compares `phi(v)`, "voltage" the potentials themselves.
@@ -68,7 +68,7 @@ class StrongDeepFeedbackControl(ControlRule):
         generator: for random initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
         ConfigError: an option is out of range or does not fit another.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -125,7 +125,7 @@ class StrongDeepFeedbackControl(ControlRule):
         self.scales = [(1 + tau / tau_noise) ** (depth - 1) if scaled else 1.0 for depth in depths]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        """Credit for one batch, for the weights that :attr:`phase` names: forward, feedback, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states = self.run(inputs)
@@ -138,7 +138,7 @@ class StrongDeepFeedbackControl(ControlRule):
         return Credit.of(roots, output, loss, logs)
 
     def goal(self, output: Tensor, targets: Tensor) -> tuple[Tensor, bool]:
-        """Where the controller drives the outcome, (batch, n_L), and whether that is a distribution over classes."""
+        """Return the controller's goal, (batch, n_L), and whether it is a distribution over classes."""
         if targets.is_floating_point():
             if targets[0].numel() != output[0].numel():
                 raise ConfigError(
@@ -155,7 +155,7 @@ class StrongDeepFeedbackControl(ControlRule):
         return goal.scatter_(1, targets.long().unsqueeze(1), self.label), True
 
     def _counted(self, states: States, targets: Tensor) -> tuple[States, Tensor, bool]:
-        """States and goals of the samples that have one: a negative class label takes a sample out."""
+        """States and goals of the samples that have a goal: a negative class label excludes a sample."""
         rows = counted(targets, torch.zeros_like(states.r[-1]))
         if rows is not None:
             states, targets = states.rows(rows), targets[rows]
@@ -168,7 +168,7 @@ class StrongDeepFeedbackControl(ControlRule):
             return self._hold(*self._counted(states, fitted(self.loss, states.r[-1], targets)))
 
     def states(self, inputs: Tensor, targets: Tensor) -> dict[str, list[Tensor]]:
-        """States of a batch under control, layer by layer, each (batch, *shape); nothing is learned.
+        """Return states of a batch under control, layer by layer, each (batch, *shape), without learning.
 
         Feed-forward potentials "v_minus" and rates "r_minus"; the "target" (of classes, their probabilities) and the control
         "u" (both alone in their lists, (batch, n_L)); and under it the potentials "v", rates "r", basal "v_ff" and apical
@@ -261,7 +261,7 @@ class StrongDeepFeedbackControl(ControlRule):
     def trace(self, inputs: Tensor, targets: Tensor) -> Trace:
         """Somatic, basal and apical potentials, control and output of every sample over the simulated time.
 
-        Memory: three times points x batch x neurons; take few samples.
+        Memory: three times points x batch x neurons; use few samples.
         """
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):

@@ -5,8 +5,8 @@ Per step of length dt, all samples at once (arXiv 2106.07887 and its released co
     e = target - output,  u_int += dt (e - alpha u),  u = u_int + k_p e           (leak "paper": - alpha u_int)
     layers in ascending order:  v_i += (dt/tau) (W_i r_{i-1} + b_i + v_i^fb - v_i),  v_i^fb = Q_i u (+ noise)
 
-in deviations from the feed-forward state. What is made of a trajectory (its end, its mean, a plot, the feedback weights'
-update) is up to whoever walks along it.
+in deviations from the feed-forward state. How a trajectory is used (its end, its mean, a plot, the feedback weights'
+update) is up to the caller.
 """
 
 import math
@@ -27,14 +27,14 @@ Leak = Literal["code", "paper"]
 """What leaks in the controller: the whole control, as in the authors' programs, or its integral."""
 
 LOOK_EVERY = 50
-"""Steps between looks for NaN."""
+"""Steps between checks for NaN."""
 
 
 SMALL = 0.004
-"""Potential shifts up to which three terms of tanh's series are exact in float32, with room to grow between two looks."""
+"""Potential shifts up to which three terms of tanh's series are exact in float32, with a margin between two checks."""
 
 SELDOM = 4
-"""Steps between looks at the size of the shifts, after the first few."""
+"""Steps between checks of the size of the shifts, after the first few."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Loop:
         points: stored time points T, the feed-forward state included; T - 1 steps.
         tau: time constant of the potentials, at least dt.
         leak: "code": on the whole control, as in the authors' programs; "paper": on its integral.
-        proactive: the layers see this step's control, not the one before.
-        instant_transmission: a layer sees this step's rates of the layer below.
-        instant_system: potentials follow their input at once.
-        tau_apical: time constant of the apical compartments; None means they follow at once.
+        proactive: the layers use this step's control, not the previous one.
+        instant_transmission: a layer uses this step's rates of the layer below.
+        instant_system: potentials follow their input instantly.
+        tau_apical: time constant of the apical compartments; None means they follow instantly.
         sigma: noise in the apical compartments of the hidden layers.
-        sigma_output: the same of the output layer; None means sigma.
+        sigma_output: the same for the output layer; None means sigma.
         tau_noise: the noise is an Ornstein-Uhlenbeck process of this time constant, added to `Q u`; None: white noise drives
             the apical compartment.
     """
@@ -97,7 +97,7 @@ class Loop:
 
     @property
     def kappa(self) -> float:
-        """Share of the way to its input that a potential goes per step."""
+        """Fraction of the distance to its input that a potential covers per step."""
         return 1.0 if self.instant_system else self.dt / self.tau
 
 
@@ -107,9 +107,9 @@ class Moment(NamedTuple):
     Attributes:
         time: index of the point; 0 is the feed-forward state and is not visited.
         u: control (batch, n_L).
-        e: output error that this control answers, of the point before.
+        e: output error of the previous point, to which this control responds.
         apical: feedback compartments, stage by stage (batch, *shape).
-        basal: shift of the basal compartments `W r`, or None where nobody asked for it.
+        basal: shift of the basal compartments `W r`, or None if not requested.
         d: shift of the potentials.
         rho: shift of the rates.
     """
@@ -133,7 +133,7 @@ def trajectory(
     basal: bool = True,
     generator: torch.Generator | None = None,
 ) -> Iterator[Moment]:
-    """Walk along the controlled dynamics from the feed-forward state; T - 1 moments.
+    """Iterate over the controlled dynamics from the feed-forward state; T - 1 moments.
 
     Args:
         chain: the network.
@@ -141,7 +141,7 @@ def trajectory(
         feedback: Q_i (n_i, n_L).
         error: shift of the output (batch, n_L) -> output error e; `delta - rho` for a target delta away.
         loop: the controller.
-        basal: whether moments carry the basal compartments, `W r` of their own instant.
+        basal: whether moments include the basal compartments, `W r` at the same instant.
         generator: of the noise; None draws from PyTorch's global state.
 
     Raises:
@@ -184,7 +184,7 @@ def trajectory(
                     below[i] = chain.stages[i].linear(rho[i - 1])
                 d[i].lerp_(below[i] + fed[i], loop.kappa)
             rho[i] = shifts[i](d[i])
-        if basal and not loop.instant_transmission:  # the compartments of one and the same instant
+        if basal and not loop.instant_transmission:  # compartments of the same instant
             below = [below[0], *(stage.linear(r) for stage, r in zip(chain.stages[1:], rho, strict=False))]
         if time % LOOK_EVERY == 0 or time == loop.points - 1:
             _look(u, d, loop, time)
@@ -192,20 +192,20 @@ def trajectory(
 
 
 class _RateShift:
-    """`phi(v + d) - phi(v)` of one stage, over and over at the same v.
+    """`phi(v + d) - phi(v)` of one stage, evaluated repeatedly at the same v.
 
     For tanh and the small d of weak control it is the series
 
         d (1 - r^2) [1 - r d + (r^2 - 1/3) d^2]
 
-    to float32's last digit: three passes over d, in memory of its own, where the exact form takes two hyperbolic tangents.
+    to float32's last digit: three passes over d in a separate buffer, where the exact form needs two hyperbolic tangents.
     """
 
     def __init__(self, stage: Stage, v: Tensor, r: Tensor, kappa: float) -> None:
         self._plain = partial(difference, stage.activation, v, r)
         self._linear = isinstance(stage.activation, nn.Identity)
         self._tanh = isinstance(stage.activation, nn.Tanh) and v.is_cpu and v.dtype == torch.float32 and v.numel() > 0
-        self._every = SELDOM if kappa <= 0.2 else 1  # a potential that jumps is looked at before every step
+        self._every = SELDOM if kappa <= 0.2 else 1  # a potential that jumps is checked before every step
         self._calls, self._small = 0, False
         if self._tanh:
             slope = 1 - r * r
@@ -233,7 +233,7 @@ class _RateShift:
 def _apical_step(
     fed: Tensor, noise: Tensor, control: Tensor, sigma: float, loop: Loop, generator: torch.Generator | None
 ) -> None:
-    """The apical compartment one step on, in place: filtered control and noise."""
+    """Advance the apical compartment by one step, in place: filtered control and noise."""
     fresh = normal(fed, generator) if sigma else None
     if loop.tau_noise is not None:
         if fresh is not None:
@@ -252,7 +252,7 @@ def _look(u: Tensor, d: Sequence[Tensor], loop: Loop, time: int) -> None:
 
 
 def end(chain: Chain, moments: Iterator[Moment]) -> tuple[Moment, list[Tensor]]:
-    """The last moment of a trajectory, and its basal shifts `W r` where the moments do not carry them."""
+    """The last moment of a trajectory, and its basal shifts `W r` where the moments do not include them."""
     for moment in moments:
         last = moment
     if last.basal is not None:
@@ -280,7 +280,7 @@ class Trace(NamedTuple):
 
 
 def record(states: States, moments: Iterator[Moment], dt: float) -> Trace:
-    """Keep a whole trajectory (its moments must carry the basal compartments)."""
+    """Record a whole trajectory (its moments must include the basal compartments)."""
     v, output = [each.flatten(1) for each in states.v], states.r[-1].flatten(1)
     u, rates = [], [output]
     soma, basal, apical = ([[each] for each in v], [[each] for each in v], [[torch.zeros_like(each)] for each in v])
@@ -297,16 +297,16 @@ def record(states: States, moments: Iterator[Moment], dt: float) -> Trace:
 
 
 def correlation(loop: Loop, depth: int, rate: float = 0.0) -> float:
-    """How strongly apical noise and the control that answers it correlate, `depth` layers from the output.
+    """Correlation of apical noise with the control that responds to it, `depth` layers from the output.
 
     For noise of unit sigma in a chain of `depth` filters (the noisy layer and those above, with unit weights) the
-    expectation over a trajectory of `v_fb[t] u[t+1]`, with the sign turned, from the impulse responses g of the compartment
+    expectation over a trajectory of `v_fb[t] u[t+1]`, with opposite sign, from the impulse responses g of the compartment
     and w of the control: the mean over t of `sum_{j < t} g[j] w[j+1]`. The expected update of Q_i is this times J_i^T:
-    valid where feedback acts little within a trajectory (arXiv 2106.07887, section 5, in the released settings).
+    valid if feedback has little effect within a trajectory (arXiv 2106.07887, section 5, in the released settings).
 
     Args:
         depth: filters from the compartment to the output.
-        rate: of the low-pass filter whose output is taken off the control first; 0 for none.
+        rate: of the low-pass filter whose output is subtracted from the control; 0 for none.
     """
     dt, kappa = loop.dt, loop.kappa
     rates = [0.0] * depth

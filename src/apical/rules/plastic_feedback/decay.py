@@ -1,7 +1,7 @@
-"""By how much a step shrinks a weight, apart from what it makes of gradients: `W' = k W - u(G_0 .. G_t)`.
+"""The factor by which a step shrinks a weight, apart from its gradient term: `W' = k W - u(G_0 .. G_t)`.
 
 Where an optimiser's step has this form (decoupled decay: AdamW, Muon, anything without decay), two weights that receive the
-same u come together by the factor k alone, and one weight can take another's change: `R' = k R + B^T (W' - k W)`.
+same u converge by the factor k alone, and one weight can copy another's change: `R' = k R + B^T (W' - k W)`.
 """
 
 import copy
@@ -19,16 +19,16 @@ from apical.core.stepping import Group
 from apical.rules.plastic_feedback.sources import Sources, draws_nothing
 
 ELEMENTWISE = {optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad, optim.Adadelta}
-"""Optimisers of torch whose step sees a weight in its decay alone, which goes through the moments unless decoupled."""
+"""Optimisers of torch whose step uses a weight only in its decay, which goes through the moments unless decoupled."""
 
 MUON: Any = getattr(optim, "Muon", None)
 ALLOWED = 1e-9
 TRIED = 0.05
-"""Learning rate at which a step is tried, since a warm-up may begin at none."""
+"""Learning rate of a trial step, since a warm-up may start at zero."""
 NUMBERS = (bool, int, float)
 PLAIN = (bool, int, float, str, type(None))
 LARGEST = 64
-"""Most rows and columns of a trial's tensors."""
+"""Maximum number of rows and columns of a trial's tensors."""
 
 
 Clock = tuple[tuple[str, float], ...]
@@ -48,7 +48,7 @@ class Decays:
         self._now.clear()
 
     def factor(self, optimizer: Optimizer, group: Group, weight: Tensor) -> float | str:
-        """k of the step to come for a weight; or why there is none, in words."""
+        """k of the next step for a weight; or the reason why there is none."""
         name = type(optimizer).__name__
         if group.get("differentiable"):
             return f"{name} is differentiable"
@@ -60,7 +60,7 @@ class Decays:
             remedy = "use AdamW" if name == "Adam" else "use AdamW, or no decay"
             if "decoupled_weight_decay" in group and name != "Adam":
                 remedy = f"pass {name} decoupled_weight_decay=True"
-            return f"the weight decay of {name} goes through its moments, where no factor describes it: {remedy}"
+            return f"the weight decay of {name} enters its moments, so it is not a single factor: {remedy}"
         k = self._probed(optimizer, group, weight)
         return not_known(optimizer) if k is None else k
 
@@ -85,25 +85,25 @@ class Decays:
 
 
 def is_known(optimizer: Optimizer) -> bool:
-    """Whether its steps need no trial."""
+    """Whether the optimiser's steps need no trial."""
     return type(optimizer) in ELEMENTWISE or type(optimizer) is MUON
 
 
 def not_known(optimizer: Optimizer) -> str:
-    """Why no factor is taken for it, in words."""
+    """The reason why no factor applies."""
     name = type(optimizer).__name__
     return f"the step of {name} is not known to be a decay plus a function of each weight's own gradients: use AdamW"
 
 
 class Rehearsal:
-    """The first step that an optimiser of others takes with weight and feedback, which must move both by the same.
+    """The first step of a third-party optimiser on weight and feedback, which must move both equally.
 
-    A trial has other tensors than the optimiser, which may look at their places, their names or their sizes.
+    A trial uses other tensors than the optimiser, whose steps may depend on their position, name or size.
 
     Args:
         weight: of the layer.
         plastic: its explicit feedback, of the same shape and with the same gradient.
-        k: by how much the step is to shrink their difference.
+        k: the factor by which the step should shrink their difference.
     """
 
     def __init__(self, weight: Tensor, plastic: Tensor, k: float) -> None:
@@ -111,7 +111,7 @@ class Rehearsal:
         self._before = (plastic - weight).detach()
 
     def holds(self) -> bool:
-        """Whether that is what the step did."""
+        """Whether the step did so."""
         weight, plastic = self._weight.detach(), self._plastic.detach()
         allowed = 1e2 * torch.finfo(weight.dtype).eps * (weight.abs() + plastic.abs() + self._before.abs()).max()
         return bool((plastic - weight - self._k * self._before).abs().max() <= allowed)
@@ -127,7 +127,7 @@ def _obeys(optimizer: Optimizer, group: Group, shape: tuple[int, ...], state: Ma
         for _ in range(6):
             factors = [trial.step(group) for trial in trials]
             known = [k for k in factors if k is not None]
-            # it may hold weights in its state, look at a weight's shape, or at all gradients together
+            # it may store weights in its state, or depend on a weight's shape or on all gradients together
             if len(known) < len(factors) or max(known) - min(known) > ALLOWED:
                 return False
             if not torch.equal(first.tensors[0], crowded.tensors[0]):
@@ -138,17 +138,17 @@ def _obeys(optimizer: Optimizer, group: Group, shape: tuple[int, ...], state: Ma
 
 
 class Probe:
-    """Four small tensors under a copy of an optimiser: two get a gradient, from 0 and P / 2; two none, from P / 2 and P.
+    """Four small tensors under a copy of an optimiser: two start at 0 and P / 2 with a gradient, two at P / 2 and P without.
 
-    Gradients, and what Adam makes of them, are nearly at right angles to P: there some steps look at a weight's direction.
+    Gradients, and Adam's steps from them, are nearly orthogonal to P: some optimisers use a weight's direction there.
 
     Args:
-        optimizer: it is left as it is, with all that its groups hold.
+        optimizer: not modified, nor anything in its groups.
         group: the weight's.
         dim: of the weight.
-        state: of the weight, with which to begin where it has one; all traces of gradients are zero.
+        state: of the weight, the initial state if there is one; all gradient traces are zero.
         lr: instead of the group's.
-        beside: how many tensors there are besides, with gradients of their own.
+        beside: number of additional tensors, with their own gradients.
         shape: of the tensors; two by two and so on, if None.
     """
 
@@ -181,11 +181,11 @@ class Probe:
         self._optimizer, self._sources = ref(optimizer), cast("Sources | None", None)
 
     def clock(self) -> Clock:
-        """What its state counts."""
+        """The step counts in its state."""
         return _clock(self.twin.state.get(self.tensors[0], {}))
 
     def step(self, group: Group) -> float | None:
-        """k of the next step by the group's options as they are now; None where the tensors contradict any k."""
+        """k of the next step with the group's present options; None if the tensors contradict any k."""
         a, b, c, d, *others = self.tensors
         before = c.clone()
         self.twin.param_groups[0].update(_options(group) | self.options)
@@ -200,7 +200,7 @@ class Probe:
             with torch.no_grad(), torch.random.fork_rng(devices=()), draws_nothing(), self._sources:
                 self.twin.step()
         except Exception:
-            return None  # whatever it asks of a weight, small tensors do not have it
+            return None  # it needs something that small tensors do not have
         self.steps += 1
         factors = d / self.pattern
         k = float(factors.flatten()[0])
@@ -212,7 +212,7 @@ class Probe:
 
 
 def _clock(state: Mapping[str, Any]) -> Clock:
-    """The whole numbers in a weight's state: weights that rest at some steps are elsewhere in time than others."""
+    """The integers in a weight's state: weights that skip some steps have other counts."""
     numbers = {key: float(value) for key, value in state.items() if isinstance(value, NUMBERS) or _is_scalar(value)}
     return tuple(sorted((str(key), value) for key, value in numbers.items() if value.is_integer()))
 
@@ -222,18 +222,18 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _options(group: Group) -> dict[str, Any]:
-    """A group without its parameters; what it holds may be written to."""
+    """A copy of a group without its parameters, safe to modify."""
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimiser holds beside groups, state, hooks and a step that a schedule has wrapped."""
+    """An optimiser's attributes other than groups, state, hooks and a step wrapped by a schedule."""
     apart = ("param_groups", "state", "step")
     return {name: value for name, value in vars(optimizer).items() if name not in apart and name[:11] != "_optimizer_"}
 
 
 def _reaches(value: Any) -> bool:
-    """Whether weights, or another optimiser, hang on a value."""
+    """Whether a value refers to weights or to another optimiser."""
     if isinstance(value, Mapping):
         return any(map(_reaches, (*value.keys(), *value.values())))
     if isinstance(value, (list, tuple, set, frozenset, deque)):
@@ -242,7 +242,7 @@ def _reaches(value: Any) -> bool:
 
 
 def _still(value: Any, shape: tuple[int, ...]) -> Any:
-    """The same place in time of a weight's state, without its gradients' traces."""
+    """A weight's state with the same step counts, but without gradient traces."""
     if not isinstance(value, Tensor):
         return copy.copy(value)
     if value.dim() == 0:

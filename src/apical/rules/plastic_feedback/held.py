@@ -1,7 +1,7 @@
-"""R in closed form, which has no values: whoever asks for them, or writes them, finds the explicit R as it would be by now.
+"""R in closed form, which has no values: reading or writing them first creates the explicit R with its present values.
 
-Averages of all parameters, an optimiser around an optimiser, decay by hand: what moves `rule.parameters()` beside the
-optimiser moves R as well. Once it has touched R, the layer keeps R explicitly, and `rule.remarks` says so.
+Averages of all parameters, an optimiser around an optimiser, decay by hand: whatever moves `rule.parameters()` besides the
+optimiser moves R as well. Once R was touched, the layer keeps R explicitly, and `rule.remarks` reports it.
 """
 
 import weakref
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
-TOUCHED = "something beside the optimiser reads or writes it, as averages of rule.parameters() do"
+TOUCHED = "something other than the optimiser reads or writes it, as averages of rule.parameters() do"
 ABOUT = {
     *(
         "grad",
@@ -35,8 +35,8 @@ ABOUT = {
     *("is_inference", "is_pinned", "data_ptr", "storage", "untyped_storage", "_typed_storage", "name", "names", "__hash__"),
     *("isfinite", "isnan", "isinf"),
 }
-"""What is asked about a tensor without its values; looks for numbers that are not finite see the weight's, beside which R's
-are finite too."""
+"""Queries of a tensor that need no values; checks for non-finite numbers use the weight's: if these are finite, R's
+are too."""
 
 
 class Held(nn.Parameter):
@@ -71,7 +71,7 @@ class Held(nn.Parameter):
 
 
 def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:
-    """From here on R has no values of its own."""
+    """Remove R's values."""
     fill(plastic, plastic.new_empty((0, *plastic.shape[1:])) if type(plastic) is not Held else None)
     plastic.grad = None
     plastic.__class__ = Held
@@ -79,7 +79,7 @@ def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:
 
 
 def fill(plastic: nn.Parameter, values: Tensor | None) -> None:
-    """From here on R has these."""
+    """Give R these values."""
     plastic.__class__ = nn.Parameter
     plastic.__dict__.pop("holder", None)
     if values is not None:
@@ -87,14 +87,14 @@ def fill(plastic: nn.Parameter, values: Tensor | None) -> None:
 
 
 class Plastics(nn.ParameterDict):
-    """The R of every layer; what a rule keeps, loads and moves is what is there."""
+    """The R of every layer; a rule stores, loads and moves those with values."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Without what has no values: formats of others take two tensors without elements for one that is shared."""
+        """Skip tensors without values: other formats take two tensors without elements for a shared one."""
         with torch._C.DisableTorchFunctionSubclass():
             super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._held():

@@ -2,13 +2,13 @@
 
     delta_l = (B_{l+1}^T delta_{l+1}) * f'(a_l),   dW_l = delta_l h_{l-1}^T,   dB_l = dW_l
 
-Feedback and forward weight receive the same update and the same weight decay, so their difference decays: `B - W` shrinks
-to zero at the rate of the decay, which must be positive. Local: B's synapse sees the same two activities as W's.
+Feedback and forward weights receive the same update and the same weight decay, so their difference decays: `B - W` shrinks
+to zero at the rate of the decay, which must be positive. Local: B's synapse uses the same two activities as W's.
 
 While the optimiser moves W and B alike, `B = W + c (B_0 - W_0)` with one number c (:mod:`.mismatch`), and B
-needs no gradient, momentum or update of its own. That is so under `torch.optim.SGD`, and under optimisers whose decay is
-apart from what they make of gradients (AdamW, Muon): equal gradients make equal changes. Adam's weight decay goes through
-its moments, where no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
+needs no separate gradient, momentum or update. This holds for `torch.optim.SGD`, and for optimisers whose decay is
+separate from the gradient step (AdamW, Muon): equal gradients give equal changes. Adam's weight decay goes through
+its moments, so no number c exists. Form "auto" (default) uses this layer by layer where it is exact, and keeps B as a
 parameter where it is not (:mod:`apical.rules.plastic_feedback.plastic_rule`).
 """
 
@@ -44,23 +44,23 @@ def literal_feedback(
 
 
 class KolenPollack(PlasticRule):
-    """Feedback weights that receive the forward weights' updates and so grow equal to them.
+    """Feedback weights that receive the forward weights' updates and so converge to them.
 
-    Give `rule.parameters()` to the optimiser, with a positive weight decay.
+    Pass `rule.parameters()` to the optimiser, with a positive weight decay.
 
     Args:
         model: network of Linear, convolution, attention and recurrent layers; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
-        form: "explicit" holds B as a parameter; "closed" never does, and refuses what it cannot follow exactly; "auto" takes
-            for each layer the closed form from the first step on where it is exact, and says in `rule.remarks` where not.
+        form: "explicit" keeps B as a parameter; "closed" never does, and refuses what it cannot follow exactly; "auto" uses
+            for each layer the closed form from the first step on where it is exact, and lists the others in `rule.remarks`.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
         initial: "random", as in the papers; or "mirror": before the first step noise copies the weights (:meth:`mirror`),
-            which the decay of AdamW and its like is too small to do. The rule is built before it knows the optimiser, so
-            that it is for you to choose.
+            since the decay of AdamW and similar is too small for that. The rule is built before it knows the optimiser, so
+            that you must choose.
         mirror: noise vectors per input of a layer, for initial="mirror".
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
@@ -108,7 +108,7 @@ class KolenPollack(PlasticRule):
 
         Args:
             name: the layer.
-            B: of the shape of the layer's weight.
+            B: in the shape of the layer's weight.
 
         Raises:
             ConfigError: unknown layer, or a wrong shape.
@@ -125,7 +125,7 @@ class KolenPollack(PlasticRule):
         return stored, (self.plastic_of(name).detach() if mismatch is None else mismatch.feedback,)
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
-        """B's own gradient, where it cannot be made from that of the weight."""
+        """B's own gradient, where it cannot be derived from that of the weight."""
         if self.mismatch_of(name) is not None or self.tapped(name):
             return None
         return literal_feedback, (inputs.detach(), self.plastic_of(name))

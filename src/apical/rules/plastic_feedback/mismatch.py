@@ -5,10 +5,10 @@ Nesterov and weight decay), then `E = R - B^T W` obeys a recursion without gradi
 
     v <- mu v + (1 - dampening) omega E,   E <- E - eta v      so      E_t = c_t E_0  with one scalar c
 
-and a second basis element where v begins as a matrix of its own: `E_t = c_0t E_0 + c_1t E_1`. Under an optimiser whose decay
+and a second basis element where v starts as a separate matrix: `E_t = c_0t E_0 + c_1t E_1`. Under an optimiser whose decay
 is apart from what it makes of gradients (:mod:`.decay`), and R takes `B^T` times W's change, `c <- k c`.
-What is stored beside E is the feedback itself, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is
-measured anew.
+In addition to E the feedback itself is stored, `F = W + E`: when W moves otherwise than by the optimiser, F stays, and E is
+measured again.
 """
 
 import math
@@ -88,12 +88,12 @@ class Mismatch(nn.Module):
         return result if self.velocity is None else result.add_(self.velocity * self.v[1])
 
     def measure(self, weight: Tensor) -> None:
-        """Begin anew from the feedback as it is and a (detached) weight that was moved from outside."""
+        """Restart from the present feedback and a (detached) weight that was moved from outside."""
         moving = self.v[0] != 0 or self.velocity is not None
         self.restart(weight, self.drift() if moving else None)
 
     def restart(self, weight: Tensor, drift: Tensor | None) -> None:
-        """Begin anew from the feedback as it is, with V = `drift`."""
+        """Restart from the present feedback, with V = `drift`."""
         self.velocity = drift
         self.initial = self.feedback - weight
         self.c, self.v = [1.0, 0.0], [0.0, 1.0]
@@ -151,7 +151,7 @@ class Watch:
         self.steps += 1
 
     def moved(self) -> bool:
-        """Whether anything else moved it since: by its version and its fingerprint; at first and now and then by all values.
+        """Whether anything else moved it since: by its version and its fingerprint; at first and periodically by all values.
 
         Raises:
             ConfigError: on an accelerator, where values are compared without waiting, it was seen too late.
@@ -162,7 +162,7 @@ class Watch:
             return False
         if due and not self._careful and bool(self._missed):
             raise ConfigError(
-                f"a weight {tuple(self.weight.shape)} was changed through .data between steps, which is seen too late on "
+                f"a weight {tuple(self.weight.shape)} was changed through .data between steps, which is noticed too late on "
                 'this device; change it under torch.no_grad(), or build the rule with form="explicit"'
             )
         self._bind()

@@ -2,16 +2,16 @@
 
 Two forms of the same mathematics, layer by layer:
 
-    explicit   R is a parameter with a gradient of its own, for any optimiser.
+    explicit   R is a parameter with its own gradient, for any optimiser.
     closed     F = W + c E_0 instead of R (:mod:`.mismatch`), while the optimiser moves W and R alike.
 
-Under an optimiser whose decay is apart from what it makes of gradients (AdamW, NAdam and RAdam with decoupled decay, Muon,
+Under an optimiser whose decay is separate from the gradient step (AdamW, NAdam and RAdam with decoupled decay, Muon,
 Adam without decay), R takes `B^T` times the *change* of W, `R' = k R + B^T (W' - k W)`: F follows by `c <- k c`, whatever
-the gradients went through. Where B is the identity that is what a state of R's own would do.
+was done to the gradients. If B is the identity, a separate state of R would do the same.
 
-Form "auto" begins explicitly. Before the first step has moved anything it looks at the optimiser and at the gradients as
-they are by then, and takes the closed form for every layer where that is exact. Before a step that would not be, it goes
-back, with R and R's momentum as they would be by now, or raises.
+Form "auto" starts explicitly. Before the first step has moved anything it checks the optimiser and the final
+gradients, and uses the closed form for every layer where it is exact. Before a step where it would not be, it goes
+back, with the present R and momentum of R, or raises.
 """
 
 import json
@@ -53,21 +53,21 @@ class PlasticRule(EdgeRule):
         sparse: R has no closed form.
 
     Attributes:
-        update: "shared" where R takes `B^T` times W's change whenever the optimiser has a decay apart, in any form; "own"
-            where an explicit R always moves by the optimiser's own state.
+        update: "shared" if R changes by `B^T` times W's change where the optimiser's decay is separate, in any form; "own"
+            if an explicit R always moves by the optimiser's state.
         reasons: why a layer keeps its feedback explicitly, by layer.
-        moved_by: the optimiser, not SGD, by whose change of W a feedback moved last.
+        moved_by: the optimiser, other than SGD, whose change of W a feedback last followed.
         clips: something has changed W's gradient before such an optimiser's step.
-        alone: why an explicit R moves by the optimiser's own state although update is "shared", by layer.
+        alone: why an explicit R moves by the optimiser's state although update is "shared", by layer.
     """
 
     update: Literal["shared", "own"] = "shared"
 
     takes_weight_updates: ClassVar[bool] = True
-    """The feedback must get the weight's own update: nothing around the rule may change one alone."""
+    """The feedback must get the weight's own update: a wrapper must not change only one of them."""
 
     ALIKE: ClassVar[bool] = False
-    """Whether R has W's own gradients, of which an optimiser's state of its own makes the same change."""
+    """Whether R has W's gradients, from which a separate optimiser state computes the same change."""
 
     PLASTIC: ClassVar[str]
     """Name of the `nn.ParameterDict` that holds the R of every layer; without elements in closed form."""
@@ -106,8 +106,8 @@ class PlasticRule(EdgeRule):
             if isinstance(part := self.layers[name], Part):
                 owner = next(module for module, held in self.model.named_modules() if held is part.owner)
                 raise UnsupportedModelError(
-                    f"layer {name!r} shares its weight with another place, where the feedback of {type(self).__name__} gets "
-                    f"no gradient of its own; untie them, or pass exact=({owner!r},)"
+                    f"layer {name!r} shares its weight with another module, where {type(self).__name__}'s feedback gets "
+                    f"no separate gradient; untie them, or pass exact=({owner!r},)"
                 )
         self._tapped = {name for name in self.layers if self.is_plain(name) and name not in self._tied}
         self._called: set[str] = set()  # layers, since the last step of their optimiser
@@ -133,26 +133,26 @@ class PlasticRule(EdgeRule):
         ]
         if self.clips and self.ALIKE:
             remarks.append(
-                f"under {self.moved_by} {type(self).__name__}'s feedback takes the weights' change and has no gradient: "
-                'one norm of all gradients is clipped without it, form="explicit" counts it'
+                f"under {self.moved_by} {type(self).__name__}'s feedback copies the weights' change and has no gradient: "
+                'clipping by the norm of all gradients leaves it out; form="explicit" includes it'
             )
         if self._mirrored:
             remarks.append(
-                f"the feedback of {type(self).__name__} began as a mirror of the weights: each layer was driven alone by "
-                f"{self._mirrored} vectors of noise per input, a second phase, once before the first step"
+                f"the feedback of {type(self).__name__} started as a mirror of the weights: each layer was driven alone by "
+                f"{self._mirrored} noise vectors per input in a second phase, once, before the first step"
             )
         return remarks
 
     def mirror(self, vectors: int = 40, generator: torch.Generator | None = None) -> None:
-        """Begin anew with feedback that noise has copied from the weights as they are: R_0 = mean of `(B^T y) x^T`, y = W x.
+        """Restart with feedback that noise copies from the present weights: R_0 = mean of `(B^T y) x^T`, y = W x.
 
         Args:
-            vectors: of noise, for every input of a layer; the angle to W is about `arctan(1 / sqrt(vectors))`.
+            vectors: number of noise vectors per input of a layer; the angle to W is about `arctan(1 / sqrt(vectors))`.
             generator: of the noise; None draws from PyTorch's global state.
 
         Raises:
             ConfigError: vectors < 1.
-            UnsupportedModelError: a layer that does more to noise than an affine map.
+            UnsupportedModelError: a layer is not affine in the noise.
         """
         check_initial("mirror", vectors)
         for name in self.layers:
@@ -174,11 +174,11 @@ class PlasticRule(EdgeRule):
         return len(as_matrix(self.geometries[name], weight_now(self.layers[name])))
 
     def own_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimiser's state that R would have by now, from that of its weight; empty where it begins anew."""
+        """The optimiser's state that R would now have, from that of its weight; empty where it restarts."""
         return {}
 
     def prepare(self, inputs: Any) -> None:
-        """See in which form each layer is to learn."""
+        """Determine the form in which each layer learns."""
         if not torch.compiler.is_compiling():
             self._before_forward()
         self._called.update(self.layers)
@@ -196,13 +196,13 @@ class PlasticRule(EdgeRule):
         return senders if self._is_closed() else None
 
     def prepare_by_hand(self, inputs: Any) -> None:
-        """As :meth:`prepare`, of layers in closed form that are known to compute plainly, with weights that learn."""
+        """As :meth:`prepare`, for layers in closed form without functions of their parameters and with trainable weights."""
         for name in self.layers:
             self.steps.require(name)
         self._called.update(self.layers)
 
     def _before_forward(self) -> None:
-        """Layers that were frozen or that no longer compute plainly have no closed form from here on."""
+        """Drop the closed form of layers that were frozen or now use a function of their parameters."""
         self.require_attached()
         steps = self.steps
         self._tapped.clear()
@@ -223,15 +223,15 @@ class PlasticRule(EdgeRule):
         self._one_matrix = not self.has_pathway()
 
     def has_pathway(self) -> bool:
-        """Whether any layer may lead the error otherwise than by one feedback weight."""
+        """Whether any layer may propagate the error other than by one feedback weight."""
         return True
 
     def tapped(self, name: str) -> bool:
-        """Whether the gradient of R can be made from that of the weight; else R has a pathway of its own."""
+        """Whether the gradient of R can be derived from that of the weight; otherwise R has a separate pathway."""
         return name in self._tapped
 
     def needs_gradient(self, name: str) -> bool:
-        """Whether an explicit R gets a gradient of its own in this forward pass, not W's change alone."""
+        """Whether an explicit R gets its own gradient in this forward pass, not only W's change."""
         return not self.steps.sharing.spares(name) or name in self.alone
 
     def take_change(self, name: str, k: float, change: Tensor) -> None:
@@ -249,11 +249,11 @@ class PlasticRule(EdgeRule):
         return mismatches.get(key(name)) if mismatches else None  # type: ignore[return-value]
 
     def hold(self, name: str, plastic: Tensor) -> None:
-        """Begin with R_0 = `plastic`, in the form that was asked for."""
+        """Start with R_0 = `plastic`, in the requested form."""
         if self.form == "closed" and name in self._tied:
             raise ConfigError(
-                f"layer {name!r} shares its weight with another one, whose gradients {type(self).__name__} in closed form "
-                'cannot keep from its feedback: build the rule with form="auto"'
+                f"layer {name!r} shares its weight with another layer, whose gradients {type(self).__name__} in closed form "
+                'cannot separate from its feedback: build the rule with form="auto"'
             )
         if self.form == "closed":
             weight = self.layers[name].weight.detach()
@@ -262,7 +262,7 @@ class PlasticRule(EdgeRule):
             self._plastics()[key(name)] = nn.Parameter(plastic)
 
     def replace(self, name: str, plastic: Tensor) -> None:
-        """R := `plastic`, from here on and in any form; its momentum stays."""
+        """Set R to `plastic`, in any form; its momentum is kept."""
         if self.form == "closed":
             mismatch = cast(Mismatch, self.mismatch_of(name))
             mismatch.feedback.copy_(self.to_weight(name, plastic))
@@ -271,7 +271,7 @@ class PlasticRule(EdgeRule):
             self.plastic_of(name).data.copy_(plastic)
 
     def reopen(self, name: str) -> None:
-        """Explicit again, and to be decided anew at the next step; for whoever changes B or R."""
+        """Make R explicit, and decide again at the next step; for callers that change B or R."""
         if name not in self.layers:
             raise ConfigError(f"no layer {name!r} holds feedback; there are {', '.join(map(repr, self.layers))}")
         if self.form == "auto" and self.mismatch_of(name) is not None:
@@ -280,7 +280,7 @@ class PlasticRule(EdgeRule):
 
     @property
     def steps(self) -> Steps:
-        """What it knows of its optimiser; made anew for a copy of a rule."""
+        """The record of its optimiser; a copy of a rule gets a new one."""
         if self._steps is None:
             self._steps = Steps(self)
         return self._steps
@@ -307,13 +307,13 @@ class PlasticRule(EdgeRule):
         return cast(nn.ModuleDict, self._modules[self.MISMATCH])
 
     def settle(self, name: str) -> None:
-        """Make what the closed form of one layer needs beside the mismatch; called when B is known."""
+        """Create what the closed form of one layer needs in addition to the mismatch; called when B is known."""
 
     def unsettle(self, name: str) -> None:
-        """Forget that; the layer is explicit again."""
+        """Discard this; the layer is explicit again."""
 
     def close(self, name: str, mismatch: Mismatch, weight: Tensor) -> None:
-        """The closed form from here on."""
+        """Switch to the closed form."""
         self.settle(name)
         mismatch.follow(weight)
         self._mismatches()[key(name)] = mismatch
@@ -339,7 +339,7 @@ class PlasticRule(EdgeRule):
 
 
 def check_initial(initial: str, vectors: int) -> None:
-    """Refuse options of how feedback begins.
+    """Refuse invalid options of the initial feedback.
 
     Raises:
         ConfigError: names the option.
@@ -350,7 +350,7 @@ def check_initial(initial: str, vectors: int) -> None:
 
 
 def _measure(rule: nn.Module, *_: Any) -> None:
-    """Before the state is saved: a weight that was moved from outside is measured, so that the state says it all."""
+    """Measure weights that were moved from outside before the state is saved, so that the state is complete."""
     assert isinstance(rule, PlasticRule)
     for name, layer in rule.layers.items():
         mismatch = rule.mismatch_of(name)
@@ -359,7 +359,7 @@ def _measure(rule: nn.Module, *_: Any) -> None:
 
 
 def _follow_again(rule: nn.Module, *_: Any) -> None:
-    """After a state was loaded: the feedback that it means."""
+    """Restore the feedback after a state was loaded."""
     assert isinstance(rule, PlasticRule)
     for name, layer in rule.layers.items():
         mismatch = rule.mismatch_of(name)
@@ -372,10 +372,10 @@ def _follow_again(rule: nn.Module, *_: Any) -> None:
 
 
 class Decisions(nn.Module):
-    """The layers that were found to need the explicit form, and why: part of the rule's state, so that it stays so.
+    """The layers that need the explicit form, and why: saved with the rule's state, so that the decision is kept.
 
     Args:
-        reasons: sentence by layer; this very dictionary is filled on loading.
+        reasons: sentence by layer; this dictionary object is filled on loading.
         layers: all of them.
     """
 

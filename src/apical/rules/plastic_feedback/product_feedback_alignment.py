@@ -1,24 +1,24 @@
 """Product feedback alignment (Ji-An & Benna, arXiv 2405.20594).
 
-An extra population r of lambda n_out neurons carries the error from a layer's output to its input:
+An extra population r of lambda n_out neurons transmits the error from a layer's output to its input:
 
     r = B^T delta,   error at the input = R^T r = (B R)^T delta
     dW = delta h^T,   dR = r h^T = B^T dW,   B fixed and random
 
-R gets the same learning rate, momentum and weight decay as W. The decay is what removes the initial mismatch; the product
+R gets the same learning rate, momentum and weight decay as W. The decay removes the initial mismatch; the product
 B R then points along W, at arctan(1/sqrt(lambda)), while no single matrix resembles W. Local: W needs (delta, h), R needs
 (r, h).
 
 Exact forms of the same mathematics (M = B B^T; E_0 = R_0 - B^T W_0):
 
     literal   as written above
-    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser. Where R takes W's change
+    fused     K = B R formed once per batch and dR = B^T dW from the weight gradient: any optimiser. If R follows W's change,
               it has no gradient after the first step, and K follows by M times the change
     closed    B R_t = M (W_t + c_t M^-1 B E_0) without R (:mod:`.mismatch`): while the optimiser moves W and R
               alike, no sparse masks
 
 Under SGD a step of R with its own gradient is `B^T` times W's step. Under Adam it is not: element-wise scales do not commute
-with B^T. There R takes `B^T` times W's change itself (update="shared"), or its own step (update="own"), which trains worse.
+with B^T. There R changes by `B^T` times W's change (update="shared"), or by its own step (update="own"), which trains worse.
 
 Departures from the released code: a grouped convolution gets a block-diagonal B; R of the first layer is optional.
 """
@@ -46,11 +46,11 @@ from apical.core.units import key
 from apical.errors import ConfigError, require_choice
 from apical.rules.plastic_feedback.plastic_rule import Form, Initial, PlasticRule, check_initial
 
-RENEWAL = 64  # steps until a product is formed anew, so that roundings do not add up
+RENEWAL = 64  # steps until a product is recomputed, so that rounding errors do not add up
 WORTH_A_PATHWAY = 1_000_000  # multiply-adds that cost more than an edge's bookkeeping
 
 Mark = tuple[int, int, Tensor]
-"""Place, version and fingerprint of a tensor."""
+"""Address, version and fingerprint of a tensor."""
 
 
 def product(shape: Geometry | None, expansion: Tensor, weight: Tensor) -> Tensor:
@@ -121,13 +121,13 @@ def mixing_matrix(b: Tensor) -> Tensor | None:
 
 
 class Held:
-    """The product K = B R, held while B and R are what they were.
+    """The product K = B R, cached while B and R are unchanged.
 
-    Each is known again by its place, its version, and its product with a fixed vector, which any write to `.data` changes.
+    Each is identified by its address, its version, and its product with a fixed vector, which any write to `.data` changes.
 
     Args:
         shape: of the layer, None where it is dense.
-        b, plastic: B and R as they are.
+        b, plastic: the present B and R.
     """
 
     def __init__(self, shape: Geometry | None, b: Tensor, plastic: Tensor) -> None:
@@ -136,7 +136,7 @@ class Held:
         self._b = self._mark(b, 0)
 
     def follow(self, plastic: Tensor) -> None:
-        """Remember R as it is after a step; B does not move."""
+        """Record R after a step; B does not change."""
         self.steps += 1
         self._plastic = self._mark(plastic, 1)
 
@@ -145,7 +145,7 @@ class Held:
         return self.is_with(plastic) and _same(self._mark(b, 0), self._b)
 
     def is_with(self, plastic: Tensor) -> bool:
-        """Whether R is what the last step left."""
+        """Whether R is unchanged since the last step."""
         return _same(self._mark(plastic, 1), self._plastic)
 
     def _mark(self, factor: Tensor, number: int) -> Mark:
@@ -159,7 +159,7 @@ def _same(now: Mark, before: Mark) -> bool:
 class ProductFeedbackAlignment(PlasticRule):
     """The error travels back through a fixed expansion matrix B and a plastic matrix R.
 
-    Give `rule.parameters()` to the optimiser with one weight decay for all, large during the first epoch(s): the mismatch
+    Pass `rule.parameters()` to the optimiser with one weight decay for all, large during the first epoch(s): the mismatch
     falls as `exp(-lr decay steps / (1 - momentum))`, and the paper's settings make that exponent about 2.5.
 
     Args:
@@ -170,18 +170,18 @@ class ProductFeedbackAlignment(PlasticRule):
         density: fraction of non-zero entries in B and R; B is scaled up by 1/sqrt(density), R is not (as in the paper).
         form: "explicit" holds R as a parameter, and takes "literal" or "fused" by layer, whichever costs less; these two can
             be forced; "closed" never holds R, and refuses what it cannot follow exactly; "auto" takes for each layer the
-            closed form from the first step on where it is exact, and says in `rule.remarks` where not.
+            closed form from the first step on where it is exact, and lists the others in `rule.remarks`.
         exact: names of modules or parameters that keep their exact derivative.
         first_layer: also hold feedback for the first layer (read-outs only).
-        update: under other optimisers than SGD, "shared": R takes `B^T` times W's change, in any form, where the optimiser's
-            decay is apart from what it makes of gradients (AdamW, Muon, Adam without decay), else its own step, and
+        update: under optimisers other than SGD, "shared": R changes by `B^T` times W's change, in any form, if their
+            decay is separate from the gradient step (AdamW, Muon, Adam without decay), else by its own step, and
             `rule.remarks` says so; "own": the optimiser's own step of R's own gradient.
         initial: "random", as in the paper; or "mirror": before the first step noise copies the weights into R
-            (:meth:`mirror`), which the decay of AdamW and its like is too small to do. The rule is built before it knows the
-            optimiser, so that it is for you to choose.
+            (:meth:`mirror`), as the decay of AdamW and similar is too small for that. The rule is built before it knows the
+            optimiser, so that you must choose.
         mirror: noise vectors per input of a layer, for initial="mirror".
         sites, through_time: see :class:`apical.core.edge.EdgeRule`.
-        attention: what of the backward pass of attention is kept: "exact", "fixed" or "present"; see
+        attention: which parts of attention's backward pass are kept: "exact", "fixed" or "present"; see
             :mod:`apical.core.attention`.
 
     Raises:
@@ -243,34 +243,34 @@ class ProductFeedbackAlignment(PlasticRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Also what a synapse of R cannot see, and where the literal form cannot be had."""
+        """Also remark what a synapse of R cannot compute, and where the literal form is not possible."""
         remarks = super().remarks
         if self.form == "literal" and (fused := [repr(name) for name in self.layers if self._is_fused_only(name)]):
             remarks.append(
-                f"the error passes the product B R, made beforehand, in {', '.join(fused)}: only one matrix can stand "
-                "for the weight there. The credit is the same"
+                f"the error passes through the precomputed product B R in {', '.join(fused)}: only one matrix can replace "
+                "the weight there. The credit is the same"
             )
         if self.moved_by:
             remarks.append(
-                f"R takes B^T times W's change. Under {self.moved_by} that change is not a product of r and h: a synapse of "
-                "R cannot see it"
+                f"R changes by B^T times W's change. Under {self.moved_by} that is not a product of r and h: a synapse of "
+                "R cannot compute it"
             )
         layers = defaultdict(list)
         for name, reason in self.alone.items():
             layers[reason].append(repr(name))
         return remarks + [
-            f"R of {', '.join(names)} moves by the optimiser's own state, not by B^T times W's change, from which it drifts "
+            f"R of {', '.join(names)} moves by the optimiser's state, not by B^T times W's change, from which it drifts "
             f"apart: {reason}"
             for reason, names in layers.items()
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without products, so that a copy and the rule itself go on with the same bits."""
+        """Drop cached products, so that a copy and the rule continue with the same bits."""
         self._products.clear()
         return super().__getstate__()
 
     def _draw(self, name: str, weight: Tensor, expansion: float, feedback: str) -> None:
-        """Draw B and R_0 of one layer and keep what the form needs of them."""
+        """Draw B and R_0 of one layer and store what the form needs."""
         shape = self.geometries[name]
         groups = row_blocks(self.layers[name]) if shape is None else shape.groups
         n_out = len(as_matrix(shape, weight))
@@ -301,7 +301,7 @@ class ProductFeedbackAlignment(PlasticRule):
         self._begin(name, b, r)
 
     def _begin(self, name: str, b: Tensor, r: Tensor) -> None:
-        """Hold B and R, or what the closed form keeps of them: M and the mismatch."""
+        """Store B and R, or their closed form: M and the mismatch."""
         self.expansion.register_buffer(key(name), b)
         if self.form != "closed":
             self.hold(name, r)
@@ -313,7 +313,7 @@ class ProductFeedbackAlignment(PlasticRule):
             self.expansion.register_buffer(key(name), mixing_matrix(b))
 
     def prepare(self, inputs: Any) -> None:
-        """See in which form each layer is to learn, for so many samples."""
+        """Determine the form in which each layer learns, for this number of samples."""
         self._rows = next((len(part) for part in tree_leaves(inputs) if isinstance(part, Tensor) and part.dim()), 0)
         self._rows_per_sample |= self._seen
         super().prepare(inputs)
@@ -334,7 +334,7 @@ class ProductFeedbackAlignment(PlasticRule):
         if closed and (B is None or R is None):
             raise ConfigError(f'in closed form B and R of layer {name!r} are set together; form="auto" keeps them apart')
         if closed and self.steps.moving(name):
-            raise ConfigError(f'the feedback of layer {name!r} has a momentum, which form="closed" keeps for one B only')
+            raise ConfigError(f'the feedback of layer {name!r} has a momentum, so form="closed" allows only one B')
         like = weight_now(self.layers[name])
         b = (self.expansion.get_buffer(key(name)) if B is None else B).to(like)
         r = (self.plastic_of(name).detach() if R is None else R).to(like)
@@ -361,7 +361,7 @@ class ProductFeedbackAlignment(PlasticRule):
         return self.geometries[name] is None and self._rows * self._rows_per_sample[name] <= len(self.layers[name].weight)
 
     def _is_fused_only(self, name: str) -> bool:
-        """Whether only one matrix can stand for the weight: its module applies it unseen, or an embedding shares it."""
+        """Whether only one matrix can replace the weight: its module applies it internally, or an embedding shares it."""
         hidden = isinstance(self.layers[name], Part) or name in self._embedding
         return hidden or (self.tapped(name) and not self.takes_pathway(name))
 
@@ -458,12 +458,12 @@ class ProductFeedbackAlignment(PlasticRule):
 
 
 def _is_mixed_first(mixing: Tensor | None, feedback: Tensor, rows: int) -> bool:
-    """Whether `F^T (M delta)` costs less than `(M F)^T delta` for so many rows of errors at a dense layer."""
+    """Whether `F^T (M delta)` costs less than `(M F)^T delta` for this number of error rows at a dense layer."""
     return mixing is not None and mixing.numel() * (feedback.shape[1] - rows) > WORTH_A_PATHWAY
 
 
 def _form_anew(rule: nn.Module, *_: Any) -> None:
-    """Whoever loads the state forms products of B and R, and so does the rule itself from here on: to the same bits."""
+    """Recompute products of B and R when the state is saved, as after loading, so that both continue with the same bits."""
     assert isinstance(rule, ProductFeedbackAlignment)
     rule._products.clear()
 

@@ -1,7 +1,7 @@
 """An explicit R that takes `B^T` times W's change: `R' = k R + B^T (W' - k W)`, whatever an optimiser made of gradients.
 
-At its first step a layer's R has a gradient of its own, which shows that W learns from nothing else. From then on R needs
-none: W's gradients are told from others now and then (:class:`apical.core.stepping.Arrival`), and R takes the change alone.
+At its first step a layer's R has its own gradient, which shows that W learns from nothing else. From then on R needs
+none: W's gradients are checked periodically for others (:class:`apical.core.stepping.Arrival`), and R takes only the change.
 """
 
 import math
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 FUNCTION = "the layer computes with a function of its weight"
-PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, gradients compressed on their way)"
+PARTED = "its gradient is not that of its weight (a penalty on the weight, a tied weight, compressed gradients)"
 ROUNDED = 1e-3
 """What may lack from the cosine of gradients that processes hand each other in 16 bits."""
 OPTIONS_DIFFER = "its weight and its feedback have different options in the optimiser"
 
 
 class Sharing:
-    """Which R take their weight's change in the step to come.
+    """Decides which R take their weight's change in the next step.
 
     Args:
         arrivals: of the weights' gradients, by layer.
@@ -58,19 +58,19 @@ class Sharing:
         return bool(self._now)
 
     def spares(self, name: str) -> bool:
-        """Whether R needs no gradient of its own in this forward pass."""
+        """Whether R needs no separate gradient in this forward pass."""
         eager = not (torch.compiler.is_compiling() or distributed())  # DistributedDataParallel waits for each gradient
         return name in self._counts and eager
 
     def is_due(self, name: str) -> bool:
-        """Whether the weight's own gradient is to be told from others before the next step."""
+        """Whether the weight's gradient must be checked for other contributions before the next step."""
         count = self._counts.get(name, 0)
         return count < 3 or count % 16 == 15
 
     def before_step(
         self, rule: "PlasticRule", name: str, optimizer: Optimizer, group: Group | None, other: Group, is_alike: bool
     ) -> None:
-        """Let R take W's change in this step, or say in `rule.alone` why it moves by the optimiser's own state."""
+        """Let R take W's change in this step, or record in `rule.alone` why it moves by the optimiser's state."""
         plastic, weight = rule.plastic_of(name), rule.layers[name]._parameters.get("weight")
         spared = plastic.grad is None and name in self._counts and self._is_moved_by(rule, name) and weight is not None
         if rule.ALIKE or name in rule.alone or (plastic.grad is None and not spared):
@@ -93,7 +93,7 @@ class Sharing:
         elif weight.grad is None:
             if spared:
                 return
-            reason = "its weight has no gradient of its own"
+            reason = "its weight has no separate gradient"
         elif plastic.grad is None or (name in self._arrivals and self._arrivals[name].watched):
             reason = PARTED if self._arrivals[name].foreign else None  # of all that has come since gradients were cleared
         elif self.is_due(name):
@@ -110,12 +110,12 @@ class Sharing:
         plastic.grad = None
 
     def _is_moved_by(self, rule: "PlasticRule", name: str) -> bool:
-        """Whether this step moves W by what the rule made of a batch, be it once more: no gradient has come since."""
+        """Whether this step moves W by the rule's gradient of a batch, possibly again: no other has arrived since."""
         arrival = self._arrivals.get(name)
         return name in rule._called or (arrival is not None and not arrival.arrived)
 
     def restore(self, rule: "PlasticRule", name: str) -> None:
-        """Give R the gradient that it was spared: this step is one of SGD, which makes R's change of it."""
+        """Give R its omitted gradient: this is a step of SGD, which computes R's change from it."""
         weight = rule.layers[name]._parameters.get("weight")
         if self._counts.pop(name, 0) and name in rule._called and weight is not None and weight.grad is not None:
             plastic = rule.plastic_of(name)
@@ -145,7 +145,7 @@ class Sharing:
 
 
 def parallel(actual: Tensor, expected: Tensor, allowed: float | None = None) -> bool:
-    """Equal up to a positive factor, as clipping makes one, and rounding: one minus the cosine is `allowed`, or less."""
+    """Equal up to a positive factor (as from clipping) and rounding: one minus the cosine is at most `allowed`."""
     a, b = actual.detach().double(), expected.double()
     if a.shape != b.shape:
         return False

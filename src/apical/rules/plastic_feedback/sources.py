@@ -1,7 +1,7 @@
-"""What a step of an optimiser makes its changes of, read from the operations that it runs on a trial's tensors.
+"""Determine what an optimiser's step depends on, from the operations that it runs on a trial's tensors.
 
-Numbers show what a step does to the tensors of a trial. Operations show what it would do to others: noise that is too small
-to see there, a look at a weight that decides nothing yet, one distance of all weights that has not grown so far.
+Values show what a step does to a trial's tensors. Operations show what it would do to others: noise that is too small
+to see there, a condition on a weight that is not yet met, a joint norm of all weights that has not grown so far.
 """
 
 import random
@@ -18,19 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Source = tuple[str, int]
 
 MAKES = ("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "zero", "fill")
-"""Operations that make values of none of what they are given: `zeros_like` and the like."""
+"""Operations whose values do not depend on their arguments, such as `zeros_like`."""
 
 PLACES = (
     "alias clone contiguous copy detach expand narrow permute reshape select slice split split_with_sizes squeeze t to_copy "
     "transpose unbind unflatten unsafe_view unsqueeze view"
 )
-"""Operations that move values and leave them what they are."""
+"""Operations that move values without changing them."""
 
 AFFINE = {
     **dict.fromkeys((*PLACES.split(), "add", "sub", "rsub", "neg", "lerp", "mul"), 2),
     **dict.fromkeys(("div", "addcmul", "addcdiv", "addmm", "baddbmm"), 1),
 }
-"""How many of the first arguments of an operation may be made of a weight."""
+"""Number of leading arguments of an operation that may depend on a weight."""
 
 
 class UnclearError(Exception):
@@ -38,16 +38,16 @@ class UnclearError(Exception):
 
 
 class Sources(TorchDispatchMode):
-    """Follows what comes of weights and gradients while it is active.
+    """Tracks what is computed from weights and gradients while it is active.
 
     Args:
         weights: of a trial, whose gradients are there.
         state: of an optimiser.
-        before: what followed the last step; without it the state is made of gradients.
+        before: the tracker of the last step; without it the state counts as computed from gradients.
 
     Raises:
-        UnclearError: at an operation that draws numbers, joins what comes of two weights, hands a number to Python, or
-            makes of a weight what is no multiple of it.
+        UnclearError: at an operation that draws numbers, combines two weights, passes a number to Python, or
+            turns a weight into something other than a multiple of it.
     """
 
     def __init__(self, weights: Sequence[Tensor], state: Mapping[Tensor, Any], before: "Sources | None" = None) -> None:
@@ -62,7 +62,7 @@ class Sources(TorchDispatchMode):
                     self._note(tensor, self._of(tensor) | known | {("gradient", index)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and note what it made of what."""
+        """Run the operation, and record what its results depend on."""
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise UnclearError
@@ -97,7 +97,7 @@ class Sources(TorchDispatchMode):
         return output
 
     def _allowed(self, name: str, values: Sequence[Any]) -> frozenset[Source]:
-        """What the arguments of an operation come of."""
+        """What the arguments of an operation depend on."""
         each = [frozenset[Source]().union(*map(self._of, _tensors(value))) for value in values]
         sources = frozenset[Source]().union(*each)
         if name in MAKES or not sources:
@@ -119,13 +119,13 @@ class Sources(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, sources: frozenset[Source]) -> None:
         if sources:
-            self._kept.append(tensor)  # or another storage may get its place
+            self._kept.append(tensor)  # or another storage may get its address
             self._sources[tensor.untyped_storage()._cdata] = sources
 
 
 @contextmanager
 def draws_nothing() -> Iterator[None]:
-    """Within, nothing is drawn from Python's or NumPy's numbers; they go on as if nothing had been.
+    """Forbid draws from Python's or NumPy's generators inside, and restore their states.
 
     Raises:
         UnclearError: something was.

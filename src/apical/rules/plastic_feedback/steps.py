@@ -1,4 +1,4 @@
-"""The optimiser's steps as a rule with plastic feedback sees them: which form is exact for each layer, before each step."""
+"""The optimiser's steps for a rule with plastic feedback: which form is exact for each layer, before each step."""
 
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from apical.rules.plastic_feedback.plastic_rule import PlasticRule
 
 Places = dict[str, tuple[Group | None, Group | None]]
-"""By layer: the groups of an optimiser that hold the weight and the feedback."""
+"""By layer: the optimiser's groups that contain the weight and the feedback."""
 
 FROZEN = "its weight is frozen"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
-MOVED = "its weight also moves between passes without a step of the optimiser, as in sharpness-aware minimisation"
-HOOKED = "hooks run within the optimiser's step, and may change gradients or weights there"
+MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
+HOOKED = "hooks run within the optimiser's step and may change gradients or weights"
 COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
 
 
 class Steps:
-    """What a rule knows of the optimiser that moves its weights: decides the form of every layer, and keeps it exact.
+    """A rule's record of the optimiser that moves its weights: decides the form of every layer, and keeps it exact.
 
     Args:
         rule: the rule; it is not kept alive.
@@ -68,7 +68,7 @@ class Steps:
         observe(self)
 
     def _listen(self) -> None:
-        """Hear of the gradients that weights receive, be they other parameters by now."""
+        """Watch the gradients that weights receive, even if these are now other parameters."""
         for name, layer in self.rule.layers.items() if self._listens else ():
             weight, own = layer._parameters.get("weight"), self._arrivals.get(name)
             if weight is None or not (weight.requires_grad and weight.is_leaf):
@@ -98,7 +98,7 @@ class Steps:
             self._drifts[name] = watch.mismatch.drift(), watch.momentum
 
     def forget(self) -> None:
-        """A state was loaded: whatever was known of weights and optimiser is no longer so."""
+        """A state was loaded: discard all knowledge of weights and optimiser."""
         self._watches: dict[str, Watch] = {}
         self._moving.clear()
         self._rehearsals.clear()
@@ -130,7 +130,7 @@ class Steps:
         return places
 
     def require(self, name: str) -> None:
-        """Refuse a closed form whose weight moves without any step that was announced; leave it for another parameter."""
+        """Refuse a closed form whose weight moves without an announced step; leave the closed form for a new parameter."""
         if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
             self.open(name, REPLACED)
             self._known.clear()
@@ -156,11 +156,11 @@ class Steps:
         return self._passes.setdefault(name, weight._version) != weight._version or not arrival.rests(weight)
 
     def is_sampled(self) -> bool:
-        """Whether some weight's own gradient is to be told from others in the next pass."""
+        """Whether some weight's gradient must be checked for other contributions in the next pass."""
         return any(arrival.sampled for arrival in self._arrivals.values())
 
     def taps(self) -> dict[str, Tensor]:
-        """At first and now and then: weights of closed layers, which tell the rule's own gradient from others."""
+        """Weights of closed layers, checked at first and periodically, to separate the rule's gradient from others."""
         taps = {}
         for name, arrival in self._arrivals.items() if torch.is_grad_enabled() and not torch.compiler.is_compiling() else ():
             closed = self.rule.mismatch_of(name) is not None
@@ -196,7 +196,7 @@ class Steps:
                 else:
                     is_alike = group is not None and alike(group, other, optimizer)
                     self.sharing.before_step(rule, name, optimizer, group, other, is_alike)
-        for name in places:  # other layers may have an optimiser of their own
+        for name in places:  # other layers may have their own optimiser
             arrival, watch = self._arrivals.get(name), self._watches.get(name)
             if arrival is not None:
                 if watch is not None:
@@ -205,7 +205,7 @@ class Steps:
         rule._called -= places.keys()
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Advance the mismatches, and what takes the weights' change, by the step that was just taken."""
+        """Advance the mismatches, and each R that takes the weights' change, by the last step."""
         for name, rehearsal in self._rehearsals.items() if not skipped(optimizer) else ():
             if rehearsal.holds():
                 self._rehearsed.setdefault(optimizer, set()).add(name)
@@ -229,16 +229,16 @@ class Steps:
         self.sharing.begin()
 
     def hear(self) -> None:
-        """A forward pass begins, in which every explicit R has a gradient of its own."""
+        """A forward pass begins, in which every explicit R has its own gradient."""
         self.sharing.hear()
         for arrival in self._arrivals.values():
             arrival.waits = False
 
     def _restore_what_was_lost(self, name: str) -> None:
-        """Make R's gradient of the weight's, where a backward pass began in closed form and ended in the explicit one.
+        """Compute R's gradient from the weight's, if a backward pass began in closed form and ended in the explicit one.
 
         Raises:
-            ConfigError: the weight's is not this rule's alone.
+            ConfigError: the weight's gradient is not only this rule's.
         """
         arrival = self._arrivals.get(name)
         if arrival is None or not arrival.lost:
@@ -249,7 +249,7 @@ class Steps:
             return
         if plastic.grad is not None or arrival.foreign or not arrival.untouched(cast(Tensor, weight.grad)):
             raise ConfigError(
-                f"the feedback of layer {name!r} was read or written between a forward pass and its backward pass, in which "
+                f"the feedback of layer {name!r} was read or written between a forward pass and its backward pass, where "
                 f"{type(rule).__name__} in closed form has no gradient for it: do so before the rule is called or after "
                 'backward(), or build the rule with form="explicit"'
             )
@@ -261,10 +261,10 @@ class Steps:
             self._lonely[name] = 0
         elif group is not None and weight.grad is not None:
             self._lonely[name] = self._lonely.get(name, 0) + 1
-            if self._lonely[name] >= 3:  # R may have an optimiser of its own, which steps after this one
+            if self._lonely[name] >= 3:  # R may have its own optimiser, which steps after this one
                 raise ConfigError(
-                    f"the optimiser moves the weight of layer {name!r} but not {type(self.rule).__name__}'s feedback for "
-                    "it: give it rule.parameters(), not model.parameters()"
+                    f"the optimiser updates the weight of layer {name!r} but not {type(self.rule).__name__}'s feedback for "
+                    "it: pass the optimiser rule.parameters(), not model.parameters()"
                 )
 
     def _decide(self, name: str, optimizer: Optimizer, group: Group | None, other: Group | None, around: str | None) -> None:
@@ -289,7 +289,7 @@ class Steps:
         self._move(name, cast(Group, group), k, momentum_of(optimizer, weight))
 
     def _k(self, name: str, optimizer: Optimizer, group: Group) -> float | None:
-        """By how much this step shrinks the weight; None under `torch.optim.SGD`, which has a recursion of its own."""
+        """The factor by which this step shrinks the weight; None under `torch.optim.SGD`, which has its own recursion."""
         k = None if is_sgd(optimizer) else self._decays.factor(optimizer, group, self.rule.layers[name].weight)
         assert not isinstance(k, str)
         return k
@@ -321,11 +321,11 @@ class Steps:
         if not alike(group, other, optimizer):
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
-            return "its weight or its feedback has no dense gradient of its own"
+            return "its weight or its feedback has no separate dense gradient"
         if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
             return None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
-            return "gradients were changed between backward pass and step (clipping, or anything of the kind)"
+            return "gradients were changed between the backward pass and the step (by clipping, for example)"
         if not _equal(plastic.grad, rule.from_weight(name, weight.grad)):
             return "the gradient of its feedback is not that of its weight (a penalty on the weight, a tied weight, a clip)"
         mine, its = (momentum_of(optimizer, p) for p in (weight, plastic))
@@ -351,13 +351,13 @@ class Steps:
         watch, momentum = self._watches.get(name), momentum_of(optimizer, weight)
         self._require_untouched(name, watch, optimizer, momentum)
         if arrival is not None and arrival.fresh and name not in rule._called:
-            self.open(name, "its weight also learns from what is not this rule's", optimizer)
+            self.open(name, "its weight also learns from gradients that are not this rule's", optimizer)
             rule.plastic_of(name).grad = None
             return None
         if arrival is not None and arrival.foreign:
             raise ConfigError(
                 f"the weight of layer {name!r} also receives gradients that are not {type(rule).__name__}'s (a penalty, "
-                "another loss, a hook), which it cannot keep from its feedback in closed form: build the rule with "
+                "another loss, a hook), which cannot be separated from its feedback in closed form: build the rule with "
                 'form="explicit"'
             )
         if not is_sgd(optimizer) and weight.requires_grad and weight.grad is not None:
@@ -366,31 +366,31 @@ class Steps:
             return self._move(name, group, self._k(name, optimizer, group), momentum)
         if arrival is None or weight.grad is None or not arrival.untouched(weight.grad) or not weight.requires_grad:
             raise ConfigError(
-                f"the gradient of layer {name!r} was changed between backward pass and step (clipping, or anything of the "
-                f"kind), which {type(rule).__name__} in closed form cannot do to the feedback: build the rule with "
+                f"the gradient of layer {name!r} was changed between the backward pass and the step (by clipping, for "
+                f"example), which {type(rule).__name__} in closed form cannot apply to the feedback: build the rule with "
                 'form="explicit"'
             )
         before = None if watch is None else watch.optimizer
         if before is not None and before() is not optimizer and momentum is not None:
             raise ConfigError(
-                f"two optimisers take turns with the weight of layer {name!r}, each with a momentum of its own: build the "
+                f"two optimisers alternate on the weight of layer {name!r}, each with its own momentum: build the "
                 f'{type(rule).__name__} with form="explicit"'
             )
         return self._move(name, group, None, momentum)
 
     def _require_untouched(self, name: str, watch: Watch | None, optimizer: Optimizer, momentum: Tensor | None) -> None:
-        """Refuse what was done to R or its momentum by somebody who does not know that the closed form holds neither."""
+        """Refuse outside changes of R or its momentum, neither of which the closed form stores."""
         if watch is None or watch.momentum is None:
             return
         now = momentum if watch.parameter is self.rule.layers[name].weight else momentum_of(optimizer, watch.parameter)
         if now is not None and now is not watch.momentum and self.moving(name):
             raise ConfigError(
-                f"the optimiser's momentum of layer {name!r} was replaced, while that of its feedback is a part of "
+                f"the optimiser's momentum of layer {name!r} was replaced, but that of its feedback is part of "
                 f'{type(self.rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
     def _move(self, name: str, group: Group, k: float | None, now: Tensor | None) -> None:
-        """The step to come moves this weight, by SGD or with a decay of k apart from all else."""
+        """The next step moves this weight, by SGD or with a separate decay of k."""
         weight = cast(nn.Parameter, self.rule.layers[name].weight)
         watch = self._watches.get(name)
         mismatch = cast(Mismatch, self.rule.mismatch_of(name))
@@ -405,12 +405,12 @@ class Steps:
         self._moving[name] = (group, now is None, k)
 
     def open(self, name: str, reason: str, optimizer: Optimizer | None = None) -> None:
-        """Back to the explicit form: R = B^T F, with the gradient and the momentum that it would have by now.
+        """Return to the explicit form: R = B^T F, with the gradient and the momentum that it would now have.
 
-        The part of R that B does not see is zero from here on.
+        The part of R that B ignores is zero from here on.
 
         Raises:
-            ConfigError: the form "closed" was asked for.
+            ConfigError: form="closed" was requested.
         """
         rule = self.rule
         if rule.form == "closed":
@@ -421,7 +421,7 @@ class Steps:
         mismatch, watch = cast(Mismatch, rule.mismatch_of(name)), self._watches.pop(name, None)
         weight = rule.layers[name].weight if watch is None else watch.parameter
         optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whoever asks for R, and where
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whatever the caller's context
             self._explicit(name, mismatch, weight, optimizer)
         del rule._mismatches()[key(name)]
         rule.unsettle(name)
@@ -443,7 +443,7 @@ class Steps:
 
 
 def is_sgd(optimizer: Optimizer) -> bool:
-    """Whether it is torch's own SGD, under which R's gradient is all that R needs."""
+    """Whether it is torch's own SGD, under which R needs only its gradient."""
     return type(optimizer) is SGD
 
 
@@ -461,7 +461,7 @@ def alike(group: Group, other: Group, optimizer: Optimizer) -> bool:
 
 
 def _hooked(weight: Tensor) -> bool:
-    """Whether somebody else's hook may change the weight's gradient."""
+    """Whether another hook may change the weight's gradient."""
     after = (weight._post_accumulate_grad_hooks or {}).values()
     return bool(weight._backward_hooks) or not all(isinstance(hook, Arrival) for hook in after)
 

@@ -25,7 +25,7 @@ def curvature(loss: Loss, outputs: int) -> float:
     """c of one sample's loss.
 
     Raises:
-        ConfigError: the loss is no squared error.
+        ConfigError: the loss is not a squared error.
     """
     if loss is squared_error:
         return 1.0
@@ -46,7 +46,7 @@ def require_linear(row: Sequence[Block]) -> None:
             if not plain or not runs_own_forward(module):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} in the block of layer {block.name!r} is not known to be linear, which "
-                    "inference='exact' needs; use another inference, with a tolerance"
+                    "inference='exact' needs; use another inference with a tolerance"
                 )
 
 

@@ -1,8 +1,8 @@
-"""Inference of predictive coding: how states and errors of one batch move.
+"""Inference of predictive coding: the dynamics of one batch's states and errors.
 
     E(s) = sum_{l<L} 1/2 |s_l - f_l(s_{l-1})|^2 + top(f_L(s_{L-1})),   e_l = s_l - f_l(s_{l-1}),   e_L = -d top / d f_L
 
-Lists begin with the first hidden block: `s[0]` is s_1. The first block's prediction does not change while its input is
+Lists start with the first hidden block: `s[0]` is s_1. The first block's prediction does not change while its input is
 held, so it is computed once. The feed-forward pass serves as the first step's forward pass, and the last one's predictions
 are those that the blocks learn from: T steps take T forward and T backward passes through blocks 2..L, no more.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 from apical.core.blocks import Block
 
 LOOK_EVERY = 4
-"""Steps between looks at whether the states stand still."""
+"""Steps between checks of whether the states have converged."""
 
 Top = Callable[[Tensor], Tensor]
 """The output's term of the energy, summed over the batch."""
 
 Back = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Signals at what a function made -> signals at what it was given."""
+"""Signals at a function's outputs -> signals at its inputs."""
 
 
 class Steps(NamedTuple):
-    """How inference steps: T, g, momentum of the states, and the change below which it stops (0: never)."""
+    """Options of the inference: T, g, momentum of the states, and the change below which it stops (0: never)."""
 
     number: int
     rate: float
@@ -35,13 +35,13 @@ class Steps(NamedTuple):
 
 
 class Relaxed(NamedTuple):
-    """What inference leaves.
+    """Result of the inference.
 
     Attributes:
         s: s_1..s_{L-1}, on which blocks 2..L learn.
         e: e_1..e_{L-1}.
         residual: the largest change in the last step.
-        steps: that were taken.
+        steps: number of steps taken.
         p: f_1..f_L at these states with the graph of every block's own weights, where it is known already.
     """
 
@@ -59,7 +59,7 @@ class Energy:
         row: the blocks.
         x: s_0 (batch, ...).
         top: the output's term.
-        p: f_1..f_L of the feed-forward pass; with graphs (see :func:`feed_forward`) the first step needs no pass of its own.
+        p: f_1..f_L of the feed-forward pass; with graphs (see :func:`feed_forward`) the first step needs no separate pass.
         s: the leaves of those graphs, or the states without graph.
         through: those graphs lead from block to block.
     """
@@ -93,7 +93,7 @@ class Energy:
         return predictions, lambda signals: torch.autograd.grad(predictions, self.leaves, signals, retain_graph=retain)
 
     def handed_down(self, e: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """-d top / d e_l along the whole path; None stands for no errors."""
+        """-d top / d e_l along the whole path; None means no errors."""
         if torch.compiler.is_compiling() or (e is None and not (self.has_graph and self.through)):
             results, back = linearised(self.behind, e or [torch.zeros_like(state) for state in self.s])
             return back([-torch.ones_like(results[0])])
@@ -128,7 +128,7 @@ def learned(row: Sequence[Block], x: Tensor, s: Sequence[Tensor], first: Tensor 
 
 
 def feed_forward(row: Sequence[Block], x: Tensor, *, through: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """f_1..f_L and s_1..s_{L-1} of the feed-forward pass, the graphs of which serve the first step of inference.
+    """f_1..f_L and s_1..s_{L-1} of the feed-forward pass, whose graphs are used in the first step of inference.
 
     Args:
         row: the blocks.
@@ -152,7 +152,7 @@ def called(block: Block, state: Tensor) -> Tensor:
 def linearised(
     function: Callable[..., tuple[Tensor, ...]], leaves: Sequence[Tensor], *, retain: bool = False
 ) -> tuple[Sequence[Tensor], Back]:
-    """What the function makes of the leaves, and its backward map there."""
+    """The function's value at the leaves, and its backward map there."""
     if torch.compiler.is_compiling():
         results, pull, *_ = torch.func.vjp(function, *leaves)
         return results, lambda signals: pull(tuple(signals))
@@ -163,12 +163,12 @@ def linearised(
 
 
 def in_states(energy: Energy, steps: Steps, *, staged: bool = False) -> Relaxed:
-    """s_l <- s_l + g (-e_l + (d f_{l+1} / d s_l)^T e_{l+1}), all blocks at once.
+    """s_l <- s_l + g (-e_l + (d f_{l+1} / d s_l)^T e_{l+1}), all blocks simultaneously.
 
     Args:
         energy: of the batch.
         steps: see there.
-        staged: every block keeps the error of the step at which it first has one, and learns at its feed-forward state.
+        staged: every block keeps its first error, and learns at its feed-forward state.
     """
     s, last = list(energy.s), len(energy.row) - 1
     velocity = [torch.zeros_like(state) for state in s] if steps.momentum else []
@@ -236,7 +236,7 @@ def at_fixed_predictions(energy: Energy, steps: Steps) -> Relaxed:
 def step(
     values: Sequence[Tensor], slopes: Sequence[Tensor], moved: list[Tensor], steps: Steps
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Values after a step up the slopes, and what they moved by (over g) where there is momentum."""
+    """Values after a step along the slopes, and their change (over g) if there is momentum."""
     if moved:
         moved = list(torch._foreach_add(torch._foreach_mul(moved, steps.momentum), list(slopes)))
     return list(torch._foreach_add(list(values), list(moved or slopes), alpha=steps.rate)), moved
@@ -248,7 +248,7 @@ def largest(values: Sequence[Tensor]) -> Tensor:
 
 
 def looks(done: int, steps: Steps) -> bool:
-    """Whether to look if the states stand still after so many steps; compiled graphs take all steps."""
+    """Whether to check convergence after this number of steps; compiled graphs take all steps."""
     return steps.tolerance > 0 and done % LOOK_EVERY == 0 and not torch.compiler.is_compiling()
 
 

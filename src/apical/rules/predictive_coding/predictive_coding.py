@@ -1,4 +1,4 @@
-"""Predictive coding: states of hidden blocks relax, then every block learns to predict what its state became.
+"""Predictive coding: states of hidden blocks relax, then every block learns to predict its relaxed state.
 
     E(s) = sum_{l<L} 1/2 |s_l - f_l(s_{l-1})|^2 + lambda ell(f_L(s_{L-1}), y)          s_0 = x, summed over the batch
     e_l = s_l - f_l(s_{l-1}),   e_L = -lambda d ell / d f_L
@@ -13,7 +13,7 @@
 
 States and rates are those of single samples: E is a sum, and B divides once, at the end. After few small steps the hidden
 errors are about g T times those of backpropagation; the log `hidden_share`, the hidden blocks' share of E, says how far a
-run has left that end: near 0 it is BP.
+run is from that limit: near 0 it is BP.
 
 The generative direction runs the other way: the model maps classes to images, s_0 = y, and the image is the output's target.
 Its answer is found by inference with s_0 free.
@@ -64,7 +64,7 @@ RELAXES = ("error", "state", "incremental")
 
 
 class Held(NamedTuple):
-    """A batch whose states go on at the next call: the batch, its states, and the calls that it has had."""
+    """A batch whose states continue at the next call: the batch, its states, and the number of its calls."""
 
     inputs: Tensor
     targets: Tensor
@@ -73,7 +73,7 @@ class Held(NamedTuple):
 
 
 class PredictiveCoding(CreditRule):
-    """Each block learns from the difference between its state, once inference is done, and what the block below predicts.
+    """Each block learns from the difference between its state after inference and its prediction from the block below.
 
     Args:
         model: a row of blocks (see :func:`apical.core.blocks.blocks`): Linear and convolution layers with normalisation,
@@ -96,13 +96,13 @@ class PredictiveCoding(CreditRule):
         input_shape: of one sample, where there are convolutions.
 
     Attributes:
-        repeats: calls that a training loop makes for each batch, with a step of the optimiser after each: T where
+        repeats: calls that a training loop makes per batch, with an optimiser step after each: T where
             inference is "incremental", else 1.
 
     Raises:
-        ConfigError: an option out of range; or a loss with `ignore_index` or a reduction that is no mean.
-        UnsupportedModelError: the model is no row of blocks, or random, or of half precision; or it is not linear, or not in
-            the mu parametrisation, where that is asked for.
+        ConfigError: an option out of range; or a loss with `ignore_index` or a reduction other than the mean.
+        UnsupportedModelError: the model is not a row of blocks, is random or in half precision; or is not linear, or not in
+            the mu parametrisation, where that is required.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
     >>> rule = PredictiveCoding(model, inference="state", steps=20)
@@ -140,7 +140,7 @@ class PredictiveCoding(CreditRule):
         for name, module in model.named_modules():
             if is_random(module):
                 raise UnsupportedModelError(
-                    f"module {name!r} ({type(module).__name__}) would draw anew at every step of the inference; remove it"
+                    f"module {name!r} ({type(module).__name__}) would draw new numbers at every inference step; remove it"
                 )
         if parametrisation == "mu":
             require_mu(self.row)
@@ -158,7 +158,7 @@ class PredictiveCoding(CreditRule):
 
     @property
     def energy_loss(self) -> Loss:
-        """What the output's energy is made of."""
+        """The output's term of the energy."""
         return self.loss if self.feed_forward else squared_error
 
     def _own_options(self, steps: int | None, rate: float | None, momentum: float, tolerance: float, deep: bool) -> None:
@@ -175,7 +175,7 @@ class PredictiveCoding(CreditRule):
                 else "exact inference takes no steps; leave steps out"
             )
         if self.inference not in ("error", "state") and (momentum or tolerance):
-            raise ConfigError(f"momentum and tolerance are for inference='error' and 'state', not {self.inference!r}")
+            raise ConfigError(f"momentum and tolerance apply to inference='error' and 'state', not {self.inference!r}")
         if self.steps < 1 or not (0 < self.rate < 2 and 0 <= momentum < 1 and tolerance >= 0):
             raise ConfigError(  # from 2 on not even a state without a network above it comes to rest
                 "steps must be at least 1, rate in (0, 2), momentum in [0, 1), tolerance not negative; got "
@@ -269,10 +269,10 @@ class PredictiveCoding(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Steps of the optimiser for each batch, where they are several; modules with skips, each of which is one block."""
+        """Remarks on several optimiser steps per batch, and on modules with skips, each of which is one block."""
         whole = ", ".join(block.name for block in self.row if block.layer not in block.modules)
-        skips = f"each of the modules {whole} is one block with one state: within it the derivative is exact"
-        calls = f"each batch takes {self.repeats} steps of the optimiser, where other rules take one"
+        skips = f"each of the modules {whole} is one block with one state; the derivative inside it is exact"
+        calls = f"each batch takes {self.repeats} optimiser steps; other rules take one"
         return [calls] * (self.repeats > 1) + [skips] * bool(whole)
 
     def _enter(self, inputs: Tensor) -> Tensor:
@@ -351,10 +351,10 @@ class PredictiveCoding(CreditRule):
         return roots, {"energy": energy, "hidden_share": share, "residual": relaxed.residual}
 
     def _going_on(self, x: Tensor, targets: Tensor, s: list[Tensor]) -> list[Tensor]:
-        """The states that the batch had at the last call; s, the feed-forward ones, at its first."""
+        """The batch's states at the last call; s, the feed-forward ones, at its first call."""
         if torch.compiler.is_compiling():
             raise ConfigError(
-                "incremental inference keeps states from call to call, which no graph can; do not compile the rule, or "
+                "incremental inference keeps states between calls, which no compiled graph can; do not compile the rule, or "
                 "leave out fullgraph=True: it then runs eagerly"
             )
         held: Held | None = self._held
@@ -364,8 +364,8 @@ class PredictiveCoding(CreditRule):
             return held.s
         self._held = None
         raise ConfigError(
-            f"incremental inference takes {self.repeats} calls for every batch (rule.repeats), with a step of the optimiser "
-            f"after each; another batch came after {held.calls}. Call the rule so often, call rule.restart() to "
+            f"incremental inference takes {self.repeats} calls per batch (rule.repeats), with an optimiser step "
+            f"after each; a new batch came after {held.calls}. Make all calls, call rule.restart() to "
             "leave a batch early, or use inference='state'"
         )
 
@@ -381,15 +381,15 @@ class PredictiveCoding(CreditRule):
         if silent and len(silent) < len(e):  # where all are silent the target is met
             self._silent = True
             warnings.warn(
-                f"after {self.steps} steps no error has reached layer {silent[-1]!r}, which learns nothing: it needs at "
-                f"least as many steps as there are layers above it, and {e[0].dtype} may round deep layers' errors away; "
+                f"after {self.steps} steps no error has reached layer {silent[-1]!r}, so it does not learn: it needs at "
+                f"least as many steps as there are layers above it, and {e[0].dtype} may round deep layers' errors to zero; "
                 'raise steps or rate, or use inference="error"',
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def _look_at_energy(self, start: Tensor, end: Tensor) -> None:
-        """Warn once where inference has raised the energy that it shall lower."""
+        """Warn once if inference has raised the energy, which it should lower."""
         if self._rising or torch.compiler.is_compiling() or not end.is_cpu or torch._C._are_functorch_transforms_active():
             return
         rounding = 100 * torch.finfo(end.dtype).eps
@@ -398,15 +398,15 @@ class PredictiveCoding(CreditRule):
         self._rising = True
         warnings.warn(
             f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
-            f"a rate of {self.rate:g} is too large for this network as it is by now; the deeper it is and the larger its "
-            "weights are, the smaller rate must be",
+            f"a rate of {self.rate:g} is too large for this network by now; the deeper it is and the larger its "
+            "weights are, the smaller the rate must be",
             RuntimeWarning,
             stacklevel=5,
         )
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
-        """Running statistics move with the feed-forward pass alone."""
+        """Update running statistics only in the feed-forward pass."""
         moving = [module._buffers.values() for module in self.model.modules() if module.training]
         kept = [(buffer, buffer.clone()) for buffers in moving for buffer in buffers if buffer is not None]
         try:

@@ -11,7 +11,7 @@ All targets are kept as their distance d_i = t_i - h_i, computed without the can
 
 Departures from the released code: the output error is that of the batch's sum, so that eta does not depend on the batch
 size; reconstruction losses are halved and summed over neurons, and those of "dtp" not divided by the variance of the noise,
-beside which they are large (`reduction="mean"` gives theirs); that variance has no floor; the topmost hidden layer keeps its
+next to which they are large (`reduction="mean"` gives theirs); that variance has no floor; the top hidden layer keeps its
 forward bias.
 """
 
@@ -55,10 +55,10 @@ class FeedbackMap(nn.Module):
     """`g(z) = s(z Q^T + c)`.
 
     Args:
-        size: neurons n_i it speaks to.
-        given: neurons it hears.
+        size: number n_i of its target neurons.
+        given: number of its input neurons.
         activation: s, element-wise.
-        like: tensor whose dtype and device the weights take.
+        like: tensor whose dtype and device the weights have.
         bias: c exists; it cancels where s is linear and only differences of g are used.
         generator: of the first weights; None draws from PyTorch's global state.
     """
@@ -95,7 +95,7 @@ class FeedbackMap(nn.Module):
 
 
 class DifferenceTargetPropagation(CreditRule):
-    """Layers learn to reach targets that learned feedback maps make from the output's.
+    """Layers learn to reach targets that learned feedback maps compute from the output's target.
 
     | variant | feedback | what its maps minimise |
     | --- | --- | --- |
@@ -116,14 +116,14 @@ class DifferenceTargetPropagation(CreditRule):
         reduction: "sum" takes half the squared error summed over neurons, "mean" its mean, for "dtp" and "lee" divided by
             sigma^2, as the released code does.
         neurons: of the random layer of "hidden".
-        recurrent: the maps of "hidden" also hear their own layer's state, without the noise that they are to undo.
+        recurrent: the maps of "hidden" also receive their own layer's state, without the noise that they should undo.
         learn: whether feedback is learned; "linear" with fixed feedback is direct feedback alignment.
         input_shape: of one sample; needed with convolutions.
         generator: for initial feedback and noise; None draws from PyTorch's global state.
 
     Raises:
-        UnsupportedModelError: the model is no such chain; the module is named.
-        ConfigError: an option is out of range; or a loss with a reduction that is no mean.
+        UnsupportedModelError: the model is not such a chain; the message names the module.
+        ConfigError: an option is out of range; or a loss with a reduction other than the mean.
 
     >>> model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     >>> rule = DifferenceTargetPropagation(model, variant="linear")
@@ -159,7 +159,7 @@ class DifferenceTargetPropagation(CreditRule):
         if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
             raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
         if recurrent and variant != "hidden":
-            raise ConfigError(f'recurrent=True is for variant="hidden", not "{variant}"')
+            raise ConfigError(f'recurrent=True needs variant="hidden", not "{variant}"')
         self.chain = Chain(model, input_shape)
         self.variant, self.eta, self.sigma, self.normalised, self.reduction = variant, eta, sigma, normalised, reduction
         self.random_per_sample = learn
@@ -167,7 +167,7 @@ class DifferenceTargetPropagation(CreditRule):
         stages = self.chain.stages
         if self.sequential and (spatial := [stage.name for stage in stages if len(stage.shape) > 1]):
             raise UnsupportedModelError(
-                f'layer {spatial[0]!r} has no flat output; variant={variant!r} is for dense layers: use variant="linear"'
+                f'layer {spatial[0]!r} has no flat output; variant={variant!r} needs dense layers: use variant="linear"'
             )
         like = stages[0].layer.weight.detach()
         require_precision(type(self).__name__, like)
@@ -199,10 +199,10 @@ class DifferenceTargetPropagation(CreditRule):
         return {stage.name: g.q.T for stage, g in pairs if isinstance(g, FeedbackMap)}
 
     def set_feedback(self, layer: str, **matrices: Tensor) -> None:
-        """Set the map g_i that speaks to a layer: `Q` (n_i, what it hears) and, where it has a bias, `c` (n_i,).
+        """Set the map g_i to a layer: `Q` (n_i, inputs of the map) and, if it has a bias, `c` (n_i,).
 
         Raises:
-            ConfigError: unknown layer or symbol, or another shape.
+            ConfigError: unknown layer or symbol, or a wrong shape.
         """
         handles: dict[str, dict[str, Tensor]] = {}
         for stage, i in zip(self.chain.stages, range(len(self.maps)), strict=False):
@@ -221,7 +221,7 @@ class DifferenceTargetPropagation(CreditRule):
             return {"h": h, "t": [rates + shift for rates, shift in zip(h[first:], d, strict=True)]}
 
     def delta(self, error: Tensor) -> Tensor:
-        """How far the output's target lies from it, (batch, n_L), for the loss's gradient `error`."""
+        """Distance of the output's target from the output, (batch, n_L), for the loss's gradient `error`."""
         return error.flatten(1) * (-self.eta * len(error))
 
     def _answered(self, inputs: Tensor, targets: Tensor) -> tuple[States, Tensor, Tensor, Tensor]:
@@ -236,7 +236,7 @@ class DifferenceTargetPropagation(CreditRule):
         return (states, loss, error, output) if rows is None else (states.rows(rows), loss, error[rows], output)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch, for what :attr:`phase` names: the forward weights, the feedback weights, or both."""
+        """Credit for one batch, for the weights that :attr:`phase` names: forward, feedback, or both."""
         self.require_attached()
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             states, loss, error, output = self._answered(inputs, targets)
@@ -258,7 +258,7 @@ class DifferenceTargetPropagation(CreditRule):
         return layer_paths(self.model, inputs, "signal of its own", exact=[stage.name for stage in told])
 
     def points(self, states: States) -> list[Mapped]:
-        """Every feedback map at what it hears of the states: the next layer, or the output."""
+        """Every feedback map evaluated at its inputs among the states: the next layer, or the output."""
         h = [r.flatten(1) for r in states.r[2:]]
         points = []
         for i in range(len(self.maps)):
@@ -272,7 +272,7 @@ class DifferenceTargetPropagation(CreditRule):
         return points
 
     def distances(self, states: States, d: Tensor, at: Sequence[Mapped] | None = None) -> list[Tensor]:
-        """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` where they are at hand."""
+        """`t_i - h_i` of every layer (batch, n_i), given that of the output, and :meth:`points` if available."""
         distances, at = [d], self.points(states) if at is None else at
         if self.variant == "lee" and len(self.chain.stages) > 1:
             top = self.chain.stages[-1]
@@ -285,7 +285,7 @@ class DifferenceTargetPropagation(CreditRule):
         return cast(FeedbackMap, self.maps[i])
 
     def _moved(self, i: int, at: Mapped, d: Tensor) -> Mapped:
-        """How map i moves when what it hears (next layer, or output) moves by d."""
+        """Change of map i when its input (next layer, or output) changes by d."""
         if at.random is not None:
             heard = at.z[:, : len(self.random)]
             d = F.pad(difference(nn.Tanh(), at.random, heard, d @ self.random.T), (0, at.z.shape[1] - len(self.random)))
@@ -323,7 +323,7 @@ class DifferenceTargetPropagation(CreditRule):
         return roots, losses
 
     def _reconstructed(self, i: int, states: States, points: Sequence[Mapped], noise: Tensor) -> Mapped:
-        """How map i moves when noise at layer i has gone up, and come down again to it."""
+        """Change of map i when noise at layer i has propagated up and back down to it."""
         rates, top = states.r[i + 1] + noise, i + 1 if self.variant in LAYERWISE else len(self.maps)
         for stage in self.chain.stages[i + 1 : top + 1]:
             rates = stage.activation(stage.layer(stage.seen(rates)))

@@ -1,4 +1,4 @@
-"""A top-down network for any number of classes: one small perceptron T that looks at one class at a time.
+"""A top-down network for any number of classes: one small perceptron T applied to each class separately.
 
     s_k = [p_k ; y_k ; p.y],   z_k = T([p_k ; y_k ; p.y]) - T([y_k ; y_k ; p.y])     for each class k
     c_L,k = z_k[0],   c_l = D_l z[:, l],   T(s) = V2 tanh(V1 s + b1)
@@ -13,7 +13,7 @@ Credit is relative to that of a class whose own probability is right, so that a 
 a class that is wrong and ruled out: with 50,000 classes nearly all are. Relative to T at p = y they would get one of the
 same size each, which no evolution with few classes would notice.
 
-A departure of ours from TDCA (arXiv 2208.01416), whose network sees all classes at once and is made for their number.
+This departs from TDCA (arXiv 2208.01416), whose network sees all classes together and is made for their number.
 """
 
 import json
@@ -32,7 +32,7 @@ CLASSES = "apical-teacher-classes-1"
 """The format of their files."""
 
 CHUNK = 2**18
-"""Numbers of the hidden layer of T that are there at once where a network answers at many places."""
+"""Maximum number of values of T's hidden layer held at a time, for networks with outputs at many positions."""
 
 MANY = 256
 """With more classes than that, and than twice the topmost layer's units n, D_l is P_l Q, with Q (n, classes) for all l."""
@@ -60,7 +60,7 @@ class EquivariantNetwork(nn.Module):
     """Maps prediction and target (batch, classes) to credits of hidden units and logits, for any number of classes.
 
     Args:
-        layers: hidden layers with an emission of their own, counted from the output.
+        layers: number of hidden layers with their own emission, counted from the output.
         hidden: units in the hidden layer of T; 0 makes T linear.
         output: the output's credit is "evolved", z_k[0], or the "error", p_k - y_k.
 
@@ -96,18 +96,18 @@ class EquivariantNetwork(nn.Module):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What makes another network like this one."""
+        """The arguments that create another network like this one."""
         return {"layers": self.layers, "hidden": self.hidden, "output": self.output}
 
     def check(self, outputs: int, widths: Sequence[int], classes: bool = True) -> None:
-        """Refuse a learner that this network cannot serve.
+        """Refuse a learner that this network cannot teach.
 
         Raises:
             UnsupportedModelError: its targets are numbers, or it has no hidden layer.
         """
         if not classes:
             raise UnsupportedModelError(
-                "the top-down network was made for classes, of which it sees probabilities, and the targets are numbers; "
+                "the top-down network was made for classes and reads their probabilities, but the targets are numbers; "
                 "evolve a TopDownNetwork for them, or choose another rule (dfa)"
             )
         if not widths:
@@ -118,7 +118,7 @@ class EquivariantNetwork(nn.Module):
 
         Args:
             prediction: probabilities (batch, classes).
-            target: one-hot, or all zero where a row is of no interest.
+            target: one-hot, or all zero where a row does not count.
             classes: for the interface of :class:`apical.rules.top_down.teacher.TopDownNetwork`; there is no other kind.
         """
         return self._emitted(prediction, target, cast(nn.Linear, self.body[-1]).weight)
@@ -189,13 +189,13 @@ class EquivariantNetwork(nn.Module):
         return self._feedback[place]
 
     def save(self, path: Path | str, provenance: dict[str, Any] | None = None) -> None:
-        """Write weights, sizes and provenance (anything JSON knows) to one file, which appears whole or not at all."""
+        """Write weights, sizes and provenance (any JSON values) to one file, atomically."""
         origin = json.dumps(provenance or {}, sort_keys=True)
         written(path, {"format": CLASSES, **self.sizes, "weights": self.state_dict(), "provenance": origin})
 
 
 Network = TopDownNetwork | EquivariantNetwork
-"""Kinds of top-down networks, which make credit of many places when it is asked for."""
+"""Kinds of top-down networks that compute credit at many positions on demand."""
 
 
 def drawn(layers: int, outputs: int, widths: Sequence[int], seed: int, names: Sequence[str], like: Tensor) -> Feedback:

@@ -1,10 +1,10 @@
-"""Teachers that nothing evolved, as controls of an evolved one.
+"""Teachers that were not evolved, as controls of an evolved one.
 
     c_L = p - y,   c_l = 0   or   c_l = B_l (p - y) / sqrt(n_l)
 
 with fixed random B_l, standard normal. On logits, p - y is what backpropagation gives the output. An evolved teacher that
 trains no better than this has learned nothing about hidden units; and where even this one fails, evolution is not at fault.
-:func:`wired` puts the same into a top-down network's weights, nearly, for evolution to start from.
+:func:`wired` sets a top-down network's weights to approximate this, as a starting point for evolution.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from apical.rules.top_down.teacher import TopDownNetwork, diffusion
 
 
 class HandBuiltTeacher(nn.Module):
-    """The error as the output's credit, and none or fixed random feedback of it for hidden units.
+    """The error as the output's credit, and zero or its fixed random feedback for hidden units.
 
     Args:
         outputs: of the learner.
@@ -82,7 +82,7 @@ class ShuffledTeacher(nn.Module):
 
 
 class MixedTeacher(nn.Module):
-    """Half of another teacher, to see which half does what: the rest is hand-built.
+    """Half of another teacher, to test what each half contributes: the rest is hand-built.
 
     Args:
         network: the teacher.
@@ -108,14 +108,14 @@ class MixedTeacher(nn.Module):
 
 
 GAIN = 0.5
-"""What the wired network multiplies a probability by, small enough for tanh to be nearly linear."""
+"""Gain of the wired network on a probability, small enough for tanh to be nearly linear."""
 
 
 @torch.no_grad()
 def wired(network: Network, seed: int = 0) -> Network:
-    """Set the weights of a relative top-down network so that it hands out nearly the hand-built random credit.
+    """Set the weights of a relative top-down network so that it gives approximately the hand-built random credit.
 
-    Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are left as they are, and not listened to. An
+    Unit k of both hidden layers follows p_k, from -1/2 to 1/2; the others are unchanged and ignored. An
     equivariant network has one such unit, or, where it is linear, hands out direct feedback alignment's credit exactly.
 
     Raises:
@@ -132,7 +132,7 @@ def wired(network: Network, seed: int = 0) -> Network:
     n, h = network.outputs, network.hidden
     if not network.relative or h < n or network.projection is not None:
         raise ConfigError(
-            f"to be wired by hand a top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
+            f"a hand-wired top-down network needs relative credit and a hidden unit for each of {n} outputs; got "
             f"relative={network.relative}, hidden={h}"
         )
     first, second, last = (layer for layer in network.body if isinstance(layer, nn.Linear))

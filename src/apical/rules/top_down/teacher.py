@@ -1,6 +1,6 @@
-"""The top-down network of TDCA (arXiv 2208.01416): a small perceptron that hands out credit, and its credit diffusion.
+"""The top-down network of TDCA (arXiv 2208.01416): a small perceptron that computes credit, and its credit diffusion.
 
-It sees what the learner predicts and what it should have predicted, and nothing else: no activity, no weight, no loss.
+Its only inputs are the learner's prediction and target: no activity, no weight, no loss.
 
     s = [p ; y],   z = V3 tanh(V2 tanh(V1 s + b1) + b2) + b3,   one credit per hidden unit and per output
 
@@ -17,8 +17,8 @@ Relative credit, an extension of ours: a learner that is right is left alone, an
 
 Without it a hidden unit gets credit of one sign for as long as training lasts, which tanh bounds and ReLU does not.
 
-With output="error", another extension of ours, only hidden units get credit from the network; the output's is p - y, which
-is at hand there. An evolved credit for the output makes logits large, which pays in evolution and helps no one.
+With output="error", another extension of ours, only hidden units get credit from the network; the output's is p - y,
+available there. An evolved credit for the output makes logits large, which evolution rewards, but without other benefit.
 
 Where targets are classes, the output's credit stands on the logits, or on the probabilities p = softmax(logits) as in the
 authors' code. The softmax's Jacobian, p (c - c.p), vanishes where a learner is confidently wrong, so that credit on
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from apical.rules.top_down.equivariant import EquivariantNetwork
 
 Place = Literal["logits", "probabilities"]
-"""Where the credit of an output of classes stands."""
+"""Where the output's credit for classes applies."""
 
 Output = Literal["evolved", "error"]
-"""Whose the output's credit is: the network's own, or the error."""
+"""Source of the output's credit: the network, or the error."""
 
 FORMAT = "apical-teacher-2"
 OLDER = "apical-teacher-1"
-"""The format of files that do not say where credit stands; theirs stands on probabilities."""
+"""The format of files that do not say where credit applies; there it applies to probabilities."""
 
 
 def diffusion(units: int, sites: int, tau: float | None = None) -> Tensor:
@@ -111,13 +111,13 @@ class TopDownNetwork(nn.Module):
                 f"hidden={hidden}, sites={sites}, projected={projected}"
             )
         if credit not in get_args(Place):
-            raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+            raise ConfigError(f'credit must be "logits" or "probabilities", not {credit!r}')
         if output not in get_args(Output) or (output == "error" and credit != "logits"):
             raise ConfigError(
-                f'output must be "evolved", or "error" with credit on "logits"; got output={output!r}, credit={credit!r}'
+                f'output must be "evolved", or "error" with credit="logits"; got output={output!r}, credit={credit!r}'
             )
         if shallower and sites is None:
-            raise ConfigError("a top-down network that serves learners of several depths needs emission sites (sites=K)")
+            raise ConfigError("a top-down network for learners of several depths needs emission sites (sites=K)")
         self.outputs, self.widths, self.hidden = outputs, tuple(widths), hidden
         self.sites, self.relative, self.credit, self.shallower, self.output = sites, relative, credit, shallower, output
         self.share = 0.5  # the power of a layer's width that relative credit is divided by
@@ -146,13 +146,13 @@ class TopDownNetwork(nn.Module):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What makes another network like this one, whatever the widths of its learners where there is diffusion."""
+        """The arguments that create another network like this one, for any widths of its learners if there is diffusion."""
         names = ("outputs", "emissions", "hidden", "relative", "credit", "share", "shallower", "output")
         return {name: getattr(self, name) for name in names}
 
     @property
     def emissions(self) -> list[int]:
-        """How many values each hidden layer is sent."""
+        """Number of values emitted to each hidden layer."""
         return [width if self.sites is None else self.sites for width in self.widths]
 
     def check(self, outputs: int, widths: Sequence[int], classes: bool = True) -> None:
@@ -169,13 +169,13 @@ class TopDownNetwork(nn.Module):
             raise UnsupportedModelError(
                 f"the top-down network was made for {depths} {layers} and {self.outputs} outputs and "
                 f"cannot teach {wanted}; "
-                + ("take the shipped teacher 'classes', which serves any number of classes, or " if classes else "")
+                + ("use the shipped teacher 'classes', which accepts any number of classes, or " if classes else "")
                 + "evolve one for it: apical evolve --model ..."
             )
         if self.sites is None and tuple(widths) != self.widths:
             raise UnsupportedModelError(
-                f"the top-down network gives one credit to each unit of hidden layers {list(self.widths)} and cannot teach "
-                f"{wanted}; only one with diffusion (apical evolve --sites K) serves other widths"
+                f"the top-down network gives one credit to each unit of hidden layers {list(self.widths)}, so cannot teach "
+                f"{wanted}; only one with diffusion (apical evolve --sites K) fits other widths"
             )
 
     def forward(self, prediction: Tensor, target: Tensor, classes: bool = False) -> Tensor:
@@ -193,7 +193,7 @@ class TopDownNetwork(nn.Module):
         below, seen = self.body[:-1], self._seen
         state: Tensor = below(torch.cat([seen(prediction), seen(target)], 1))
         if self.relative:  # the topmost layer is linear: V3 a - V3 b = V3 (a - b)
-            if classes:  # there are only so many right answers
+            if classes:  # the number of right answers is limited
                 every = seen(torch.eye(self.outputs, dtype=target.dtype, device=target.device))
                 state = state - target @ below(torch.cat([every, every], 1))
             else:
@@ -204,7 +204,7 @@ class TopDownNetwork(nn.Module):
         return values if self.projection is None else values @ self.projection
 
     def emitters(self, widths: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
-        """Weights (width, hidden) and biases (width,) that make each hidden layer's credit of a state, and the output's, if
+        """Weights (width, hidden) and biases (width,) that map a state to each hidden layer's credit, and the output's, if
         that is evolved."""
         top = cast(nn.Linear, self.body[-1])
         sizes, output = self.emissions, self.output == "evolved"
@@ -236,7 +236,7 @@ class TopDownNetwork(nn.Module):
     def later(self, prediction: Tensor, target: Tensor, widths: Sequence[int], classes: bool) -> Callable[[int], Tensor]:
         """A function that makes a layer's credit (rows, width) by its number, or the output's (rows, outputs) by -1.
 
-        As :meth:`credits` of :meth:`forward`, for many rows: no credit is there before it is asked for.
+        As :meth:`credits` of :meth:`forward`, for many rows: credit is computed on demand.
         """
         state, emitters = self.state(prediction, target, classes), self.emitters(widths)
 
@@ -254,7 +254,7 @@ class TopDownNetwork(nn.Module):
         return self._kernels[place]
 
     def save(self, path: Path | str, provenance: dict[str, Any] | None = None) -> None:
-        """Write weights, sizes and provenance (anything JSON knows) to one file, which appears whole or not at all."""
+        """Write weights, sizes and provenance (any JSON values) to one file, atomically."""
         content = {
             "format": FORMAT,
             "outputs": self.outputs,
@@ -274,7 +274,7 @@ class TopDownNetwork(nn.Module):
 
 
 def written(path: Path | str, content: dict[str, Any]) -> None:
-    """Write a file by `torch.save`, which appears whole or not at all."""
+    """Write a file by `torch.save`, atomically."""
     temporary = Path(path).with_name(f"{Path(path).name}.tmp")
     try:
         torch.save(content, temporary)
@@ -285,7 +285,7 @@ def written(path: Path | str, content: dict[str, Any]) -> None:
 
 
 def load(path: Path | str) -> "tuple[TopDownNetwork | EquivariantNetwork, dict[str, Any]]":
-    """The top-down network of a file, and the provenance written beside it.
+    """The top-down network of a file, and the provenance stored with it.
 
     Raises:
         ConfigError: there is no such file, or it is not a (whole) teacher file.
@@ -293,7 +293,7 @@ def load(path: Path | str) -> "tuple[TopDownNetwork | EquivariantNetwork, dict[s
     try:
         with zipfile.ZipFile(path) as archive:
             if (member := archive.testzip()) is not None:
-                raise ValueError(f"{member} has another checksum")
+                raise ValueError(f"{member} has a wrong checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         network = _of(content, path)
         network.to(next(iter(content["weights"].values())).dtype).load_state_dict(content["weights"])
@@ -309,7 +309,7 @@ def load(path: Path | str) -> "tuple[TopDownNetwork | EquivariantNetwork, dict[s
 
 
 def _of(content: dict[str, Any], path: Path | str) -> "TopDownNetwork | EquivariantNetwork":
-    """A network of the sizes that a file's content tells."""
+    """A network with the sizes in a file's content."""
     from apical.rules.top_down.equivariant import CLASSES, EquivariantNetwork
 
     if content["format"] == CLASSES:
@@ -355,7 +355,7 @@ def described(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.shape != output.shape[:-1] or output.shape[-1] < 2:
         raise ConfigError(
             f"class indices of shape {tuple(targets.shape)} do not fit outputs of shape {tuple(output.shape)}: top-down "
-            "credit needs one output for each of at least two classes, or targets of floating-point numbers"
+            "credit needs at least two classes with one output each, or floating-point targets"
         )
     label = (targets.unsqueeze(-1) == torch.arange(output.shape[-1], device=targets.device)).to(output.dtype)
     return torch.softmax(output, -1), label

@@ -1,17 +1,17 @@
-"""Top-down credit assignment (Chen, Liu & Wang, arXiv 2208.01416): an evolved network hands out credit.
+"""Top-down credit assignment (Chen, Liu & Wang, arXiv 2208.01416): an evolved network computes credit.
 
     p = softmax(output),   c_l = T_theta([p ; y])_l,   g_l = 1/B sum_b (d a_l / d psi_l)^T c_l   with a_{l-1} held constant
 
-The credit c_l stands where backpropagation would put the derivative of the loss with respect to a unit's output; the unit
-turns it into a gradient of its own parameters by its own Jacobian, so a tanh layer learns by a three-factor rule:
+The credit c_l replaces backpropagation's derivative of the loss with respect to a unit's output; the unit
+turns it into a gradient of its parameters by its own Jacobian, so a tanh layer learns by a three-factor rule:
 presynaptic activity, postsynaptic slope, credit. Nothing passes from layer to layer, no loss is differentiated, no weight is
-transported. The loss that the credit reports is for people alone.
+transported. The credit's loss is only for reports.
 
 The output's credit c_L stands on the logits. With credit="probabilities" it stands on p, as in the authors' later code, and
 goes through the softmax, p (c_L - c_L.p), which silences it where the learner is confidently wrong.
 
 Equations are those of that code; the paper itself could not be read beyond its abstract. Departures: the place of the
-output's credit, unless credit="probabilities"; and in a residual block each activation has credit of its own, so that no
+output's credit, unless credit="probabilities"; and in a residual block each activation has separate credit, so that no
 transposed weight is used at all; there, the code backpropagates one step.
 """
 
@@ -36,7 +36,7 @@ from apical.rules.top_down.equivariant import EquivariantNetwork, Feedback, Netw
 from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
 
 PROJECTED = 64
-"""Numbers that an unevolved teacher sees of more than four times as many outputs."""
+"""Number of projected outputs for an unevolved teacher, used if outputs are more than four times as many."""
 
 SHIPPED = Path(__file__).parents[2] / "evolution" / "teachers"
 
@@ -45,13 +45,13 @@ class TopDownCreditAssignment(CutRule):
     """A top-down network maps [prediction, target] to a credit for every unit.
 
     Args:
-        model: any network; what lies between two cuts is one unit, see `units`.
+        model: any network; the part between two cuts is one unit, see `units`.
         loss: maps (output, targets) to a scalar batch mean; it is reported, and only parameters in it learn from it.
         teacher: the top-down network; or a file written by `apical evolve`; or the name of a shipped one. None
             draws an unevolved one at the first batch, as a control. "digits" serves ten classes; "classes", any number.
         hidden: units in each hidden layer of an unevolved top-down network.
-        sites: emission sites per hidden layer of an unevolved one; None gives each unit a credit of its own.
-        silent: hand out no credit to hidden units, as a control: only the last layer learns.
+        sites: emission sites per hidden layer of an unevolved one; None gives each unit its own credit.
+        silent: give hidden units no credit, as a control: only the last layer learns.
         credit: where the credit of an output of classes stands: on "logits" or on "probabilities". None: where the
             teacher's does; on logits, if it does not say.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
@@ -106,12 +106,12 @@ class TopDownCreditAssignment(CutRule):
         output, *others = tensors(whole)
         if others:
             raise UnsupportedModelError(
-                f"the model has {1 + len(others)} outputs, and top-down credit assignment needs the one that the targets "
+                f"the model has {1 + len(others)} outputs, but top-down credit assignment needs the one that the targets "
                 "are for; wrap the model in a module that returns that tensor"
             )
         loss = value_at(self.loss, whole, targets)
         if not isinstance(targets, Tensor):
-            raise ConfigError(f"top-down credit needs targets that are a tensor, not a {type(targets).__name__}")
+            raise ConfigError(f"top-down credit needs targets as a tensor, not a {type(targets).__name__}")
         *_, topmost = self._whole.values()
         axis = class_axis(output, targets, isinstance(topmost, _ConvNd))
         moved = axis == 1 and targets.is_floating_point() and targets.dim() == output.dim()
@@ -163,9 +163,9 @@ class TopDownCreditAssignment(CutRule):
     def _later(
         self, late: Teacher, prediction: Tensor, target: Tensor, cuts: list[Cut], classes: bool, ignores: bool
     ) -> Tensor:
-        """The output's credit (batch, *places, outputs); `late` makes each unit's when it is asked for.
+        """The output's credit (batch, *places, outputs); `late` computes each unit's on demand.
 
-        At many places the credits of all units at once would be more numbers than the network's activity.
+        With many positions, the credits of all units together would take more memory than the network's activity.
         """
         places, units = prediction.shape[:-1], [cut.bare() for cut in cuts]
         p, y = (part.flatten(0, -2) for part in (prediction, target))
@@ -186,7 +186,7 @@ class TopDownCreditAssignment(CutRule):
         return through_softmax(last, prediction) if classes and self.credit == "probabilities" else last
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """Behind the last cuts comes the output's credit: p - y, if it was not evolved, which is cross-entropy's error."""
+        """The output's credit applies after the last cuts: p - y, cross-entropy's error, unless it was evolved."""
         is_entropy = self.loss in (F.cross_entropy, token_cross_entropy) or isinstance(self.loss, nn.CrossEntropyLoss)
         own = "exact" if is_entropy and getattr(self.teacher, "output", "evolved") == "error" else OUTPUT_CREDIT
         return {name: path.replace("exact", own) for name, path in super().credit_paths(inputs).items()}
@@ -258,12 +258,12 @@ def place_of(credit: Place | None, teacher: nn.Module | None) -> Place:
         ConfigError: there is no such place, or the teacher was made for the other.
     """
     if credit not in (None, *get_args(Place)):
-        raise ConfigError(f'credit must stand on "logits" or "probabilities", not {credit!r}')
+        raise ConfigError(f'credit must be "logits" or "probabilities", not {credit!r}')
     if not isinstance(teacher, Network):
         return credit or "logits"
     if credit not in (None, teacher.credit):
         raise ConfigError(
-            f"the teacher's output credit stands on {teacher.credit}, not on {credit}; leave credit out, or evolve another "
+            f"the teacher's output credit uses {teacher.credit}, not {credit}; leave credit out, or evolve another "
             f"teacher: apical evolve --credit {credit}"
         )
     return teacher.credit
