@@ -279,7 +279,7 @@ class ProductFeedbackAlignment(PlasticRule):
         smaller = "reduce expansion, or " if feedback == "random" else ""
         require_memory(
             f"B ({n_out}, {m}) and R of layer {name!r}",
-            (n_out * m + weight.numel() // n_out * m) * weight.element_size() + drawn,
+            (n_out * m + weight.numel() // max(n_out, 1) * m) * weight.element_size() + drawn,
             weight,
             f"{smaller}pass exact=[{name!r}] to keep the layer's exact derivative",
         )
