@@ -74,7 +74,7 @@ def model() -> nn.Sequential:
 def test_every_layer_begins_near_its_weight(make: Any) -> None:
     """PFA's product B R is then near M W; convolutions too. The first step of AdamW takes the closed form."""
     rule = make(model(), initial="mirror")
-    assert any("driven alone by 40 vectors of noise" in remark for remark in rule.remarks)
+    assert any("driven alone by 40 noise vectors" in remark for remark in rule.remarks)
     path = {name: value.clone() for name, value in rule.feedback_weights().items()}
     sparse = getattr(rule, "density", 1.0) < 1
     for name, layer in rule.layers.items():

@@ -405,8 +405,8 @@ def test_options_that_come_apart_in_mid_training(make: Any) -> None:
 
 
 OTHERS = {
-    "adam": (partial(torch.optim.Adam, lr=0.01), "weight decay of Adam goes through its moments"),
-    "rmsprop": (partial(torch.optim.RMSprop, lr=0.001), "weight decay of RMSprop goes through its moments"),
+    "adam": (partial(torch.optim.Adam, lr=0.01), "weight decay of Adam enters its moments"),
+    "rmsprop": (partial(torch.optim.RMSprop, lr=0.001), "weight decay of RMSprop enters its moments"),
     "own": (
         partial(type("Own", (torch.optim.SGD,), {}), lr=0.05, momentum=0.9),
         "not known to be a decay plus a function of each",

@@ -172,7 +172,7 @@ def test_a_wired_network_hands_out_nearly_the_error_and_random_feedback_of_it() 
         assert torch.cosine_similarity(credit.flatten(), exact.flatten(), 0) > 0.99
         assert (credit - exact).abs().max() < 0.05
     for unfit in (TopDownNetwork(3, [6], 8), TopDownNetwork(3, [6], 2, relative=True)):
-        with pytest.raises(ConfigError, match="wired by hand"):
+        with pytest.raises(ConfigError, match="hand-wired"):
             wired(unfit)
 
 
