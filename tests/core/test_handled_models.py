@@ -258,7 +258,7 @@ def test_the_default_device_is_not_the_rules(name: str) -> None:
 @pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 0.5)])
 def test_corinfomax_refuses_another_box(bounds: tuple[float, float]) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(*bounds), nn.Linear(8, 4))
-    with pytest.raises(UnsupportedModelError, match=r"layer '0'.*box"):
+    with pytest.raises(UnsupportedModelError, match=r"layer '0'.*range"):
         apical.CorInfoMax(model)
 
 
