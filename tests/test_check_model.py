@@ -150,8 +150,8 @@ class SmallBatchesFail(apical.Backprop):
 
 
 FAULTS = {
-    SilentBackprop: "other feedback of layer '2' changes nothing below it",
-    Elsewhere: r"other feedback of layer '2' changes '4\.weight', which does not lie below it",
+    SilentBackprop: "changing the feedback of layer '2' changes nothing below it",
+    Elsewhere: r"changing the feedback of layer '2' changes '4\.weight', which is not below it",
     Leaks: "with zero feedback of layer '2' an error still reaches '0",
     OtherOutput: "credit.output is not what the model answers",
     NotANumber: "gradient of .* is not finite",

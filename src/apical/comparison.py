@@ -142,13 +142,15 @@ def compare(
     epochs, seeds, jobs = _plain(epochs), _plain(seeds), _plain(jobs)
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if type(value) is not int:
-            raise ConfigError(f"{name} is how many, a whole number; got {value!r}")
+            raise ConfigError(f"{name} must be a whole number; got {value!r}")
     in_memory = [
         what for what, value in (("data", data), ("model", model)) if value is not None and not isinstance(value, str | Path)
     ]
     in_memory += ["rules"] if any(not isinstance(rule, str) for rule in rules or ()) else []
     if jobs != 1 and in_memory:
-        raise ConfigError(f"{' and '.join(in_memory)} in memory: other processes do not have them; leave jobs at 1")
+        raise ConfigError(
+            f"{' and '.join(in_memory)} in memory only, where other processes cannot read them; leave jobs at 1"
+        )
     flags = Compare(
         out=Path(out).expanduser(),
         rules=None if rules is None else tuple(map(_rule, rules)),
@@ -168,7 +170,7 @@ def compare(
     try:
         records, page = commands.run_comparison(flags, f"apical.compare({text})", Terminal(quiet=not show))
     except Interrupted as interrupted:
-        raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: go on with resume=True") from interrupted
+        raise KeyboardInterrupt(f"stopped at {interrupted.where}; saved: continue with resume=True") from interrupted
     return _compared(records, page)
 
 

@@ -89,8 +89,8 @@ def refuse_second_derivatives() -> None:
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise ConfigError(
-            "gradients of gradients (create_graph=True) exist under backpropagation alone: what this rule sends down is no "
-            "derivative of the loss, so there is nothing to derive once more; leave create_graph out, or use Backprop"
+            "gradients of gradients (create_graph=True) exist only under backpropagation: what this rule propagates is "
+            "not a derivative of the loss, so it has no second derivative; leave out create_graph, or use Backprop"
         )
 
 
@@ -104,8 +104,8 @@ def refuse_transforms(rule: str) -> None:
 
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ConfigError(
-            f"{rule} does not work under the transforms of torch.func (grad, vmap); call backward() on the loss, of "
-            "torch.func.functional_call too if need be"
+            f"{rule} does not work under the transforms of torch.func (grad, vmap); call backward() on the loss, also "
+            "with torch.func.functional_call"
         )
 
 

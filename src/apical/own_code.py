@@ -55,7 +55,7 @@ def import_from(name: str, kind: str, example: str, error: Callable[[str], Apica
     """
     where, _, attribute = name.rpartition(":")
     if not where or not attribute:
-        raise error(f"{kind} {name!r}: say file and name, such as {example}")
+        raise error(f"{kind} {name!r}: give file and name, such as {example}")
     module = import_module(where, example, error)
     value = getattr(module, attribute, None)
     if value is None:
@@ -128,8 +128,8 @@ def settings_kept(where: str, error: Callable[[str], ApicalError] = ConfigError)
     for what, value in after.items():
         if value != before[what]:
             raise error(
-                f"{where} sets PyTorch's {what} to {value} for all that this process trains: leave it out, and convert what "
-                "needs it"
+                f"{where} sets PyTorch's {what} to {value} for everything that this process trains: remove that, and "
+                "convert only what needs it"
             )
 
 
@@ -295,7 +295,7 @@ def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) 
                 continue
             origin = _origin(name)
             if origin and _differ(Path(origin), beside):
-                raise error(f"{title} imports {name!r}, which would be {origin} and not {beside}: rename the latter")
+                raise error(f"{title} imports {name!r}, which resolves to {origin}, not {beside}: rename the latter")
             left.append(beside)
             seen.add(beside)
 

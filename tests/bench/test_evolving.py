@@ -179,7 +179,7 @@ def test_evolution_may_start_from_a_teacher_wired_by_hand() -> None:
     both = torch.stack([task.start, unwired.start])
     wired, random = task.fitness(both, 0).tolist()
     assert wired > random + 0.5  # nats; nothing has been evolved yet
-    with pytest.raises(ConfigError, match="wired by hand"):
+    with pytest.raises(ConfigError, match="hand-wired"):
         classification(replace(recipe, hidden=9))
 
 

@@ -179,7 +179,7 @@ def test_an_evolution(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("--model", "mine.py:wrong"), "model mine.py:wrong maps inputs (2, 4) to (2, 9), but own.npz needs (2, 3)"),
         (("--model", "mine.py:Nett"), "did you mean 'Net'?"),
-        (("--model", "mine.py"), "say file and name"),
+        (("--model", "mine.py"), "give file and name"),
         (("--data", "absent.npz"), "no such file or folder"),
         (("--data", "own.parquet"), "no such file or folder"),
         (("--flip", "True"), "--flip and --crop need images (channels, height, width)"),
@@ -203,7 +203,7 @@ def test_a_file_gets_the_module_that_lies_beside_it_or_is_refused(folder: Path, 
     assert main([*words, "--model", "a/net.py:Net", "--out", "out"]) == 0
     said = refused(capsys, *words, "--model", "b/net.py:Net", "--out", "other")
     assert said.endswith(
-        f"b/net.py imports 'helpers_of_mine', which would be {folder}/a/helpers_of_mine.py and not "
+        f"b/net.py imports 'helpers_of_mine', which resolves to {folder}/a/helpers_of_mine.py, not "
         f"{folder}/b/helpers_of_mine.py: rename the latter\n"
     )
     (folder / "b" / "helpers_of_mine.py").write_text("WIDTH = 4\n")  # the same

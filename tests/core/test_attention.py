@@ -358,7 +358,7 @@ def _before_down(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def test_attention_by_hand_is_refused_by_name() -> None:
     for attention in ("fixed", "present"):
-        with pytest.raises(UnsupportedModelError, match=r"'blocks.0' computes attention of its own"):
+        with pytest.raises(UnsupportedModelError, match=r"'blocks.0' computes attention itself"):
             FeedbackAlignment(network("hand"), attention=attention)(*batch())  # type: ignore[arg-type]
     gradients(FeedbackAlignment(network("hand"), attention="exact"))
 
@@ -385,7 +385,7 @@ def test_unknown_options_and_cross_attention_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="needs self-attention"):
         attend(module, *rows, attention="present")
     q, k = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
-    with pytest.raises(UnsupportedModelError, match="3 queries look at 5 keys"):
+    with pytest.raises(UnsupportedModelError, match="3 queries attend to 5 keys"):
         mixed(q, k, k, attention="present")
 
 

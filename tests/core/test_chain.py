@@ -283,12 +283,12 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     "other functions in training": (
         Forward(lambda m, x: m.second(F.relu(m.first(x)) if m.training else torch.tanh(m.first(x)))),
         None,
-        r"calls other modules in training mode \('first', 'F.relu' \(ReLU\(\)\), 'second'\) than in evaluation mode",
+        r"calls different modules in training mode \('first', 'F.relu' \(ReLU\(\)\), 'second'\) and in evaluation mode",
     ),
     "other options in training": (
         Forward(lambda m, x: m.second((F.relu if m.training else F.relu6)(m.first(x)))),
         None,
-        r"calls other modules in training mode .*ReLU\(\).* than in evaluation mode .*ReLU6",
+        r"calls different modules in training mode .*ReLU\(\).* and in evaluation mode .*ReLU6",
     ),
     "several outputs": (Forward(lambda m, x: {"y": m.second(m.first(x))}), None, r"output is a dict.*wrap the model"),
     "dropout in training": (
@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
     "other modules in training": (
         Forward(lambda m, x: m.second(m.act(m.first(x))) if m.training else m.second(m.first(x))),
         None,
-        r"Forward calls other modules in training mode \('first', 'act', 'second'\) than in evaluation mode \('first', 'sec",
+        r"Forward calls different modules in training mode \('first', 'act', 'second'\) and in evaluation mode \('first'",
     ),
     "overridden activation": (
         nn.Sequential(nn.Linear(4, 4), Bent(), nn.Linear(4, 4)),
@@ -327,7 +327,11 @@ REFUSED: dict[str, tuple[nn.Module, tuple[int, ...] | None, str]] = {
         None,
         r"input of module 'second' is not the output of .*'first'",
     ),
-    "twice": (Forward(lambda m, x: m.first(m.act(m.first(x)))), None, r"layer 'first' is called twice; give each place"),
+    "twice": (
+        Forward(lambda m, x: m.first(m.act(m.first(x)))),
+        None,
+        r"layer 'first' is called twice; use a separate layer",
+    ),
     "shared": (nn.Sequential(*[nn.Linear(4, 4)] * 2), None, r"'1' is the same object as module '0'; give each place"),
     "two arguments": (WithPair(), None, r"module 'pair' does not map one tensor to one tensor"),
     "own module": (

@@ -232,7 +232,7 @@ def test_a_model_without_numbers() -> None:
     """Feedback made for it has none either."""
     with torch.device("meta"):
         model = net()
-    with pytest.warns(RuntimeWarning, match="meta device.*make the rule once the model has numbers"):
+    with pytest.warns(RuntimeWarning, match="meta device.*make the rule once the model has values"):
         apical.FeedbackAlignment(model)
 
 
@@ -383,7 +383,7 @@ def test_nested_tensors_inside(name: str) -> None:
         check_model(make(name, Nested()), inputs, targets, skip=QUICK)
     except ApicalError as error:
         assert name in CUTS
-        assert "at 'phi' makes a nested tensor" in str(error)  # noqa: PT017
+        assert "at 'phi' outputs a nested tensor" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("samples", [1, 8])

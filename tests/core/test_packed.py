@@ -619,7 +619,7 @@ class Twice(Own):
 def test_a_site_whose_input_needs_an_error_is_not_the_first_layer(kind: type[nn.Module]) -> None:
     model, x, y = kind().double(), torch.randn(5, 8, dtype=D), torch.randn(5, 8, dtype=D)
     if kind is Twice:  # nothing else trains, so that only a forward pass can tell
-        with pytest.raises(UnsupportedModelError, match=r"'weight' was taken for the first layer.*first_layer=True"):
+        with pytest.raises(UnsupportedModelError, match=r"'weight' was treated as the first one.*first_layer=True"):
             apical.FeedbackAlignment(model, squared, sites=("weight",))(x, y)
     rule = apical.FeedbackAlignment(model, squared, sites=("weight",), first_layer=kind is Twice)
     rule.feedback_weights()["weight"].copy_(model.weight.detach())  # then it is backpropagation

@@ -97,7 +97,7 @@ def test_parts_that_learn_something_else_are_refused() -> None:
             return super().forward(inputs + 1, targets)
 
     rule = Own(dense())
-    with pytest.raises(UnsupportedModelError, match=r"parameter 'model\.linear4\.weight' would learn something else .* Own"):
+    with pytest.raises(UnsupportedModelError, match=r"parameter 'model\.linear4\.weight' would learn differently .* Own"):
         apical.pipeline(rule, sgd(rule))(*batch(0))
 
 
@@ -221,9 +221,9 @@ def test_other_rules_are_refused_by_name(rule: Any, words: str) -> None:
 
 def test_other_optimisers_and_numbers_of_workers_are_refused() -> None:
     rule = apical.LocalClassifiers(dense())
-    with pytest.raises(ConfigError, match="LBFGS may look at several parameters"):
+    with pytest.raises(ConfigError, match="LBFGS may use several parameters"):
         apical.pipeline(rule, torch.optim.LBFGS(rule.parameters()))
-    with pytest.raises(ConfigError, match="2 workers or more, not 1"):
+    with pytest.raises(ConfigError, match="at least 2 workers, not 1"):
         apical.pipeline(rule, sgd(rule), workers=1)
     with pytest.raises(ConfigError, match="4 blocks cannot be divided among 5 workers"):
         apical.pipeline(rule, sgd(rule), workers=5)(*batch(0))

@@ -71,7 +71,7 @@ def test_gains_go_by_the_weight_that_multiplies(kind: Any, factor: float) -> Non
 def test_gains_of_unknown_weights_are_refused_by_name(kind: Any) -> None:
     """They were silently others, or a raw error."""
     rule = Modulated(apical.Backprop(network(kind)), NodeImportance())
-    with pytest.raises(UnsupportedModelError, match=rf"layer '2' \({kind.__name__}\).*weights of its units are not known"):
+    with pytest.raises(UnsupportedModelError, match=rf"layer '2' \({kind.__name__}\).*weights of its units are unknown"):
         rule(*batch())
 
 

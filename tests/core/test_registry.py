@@ -321,8 +321,8 @@ class Noisy(nn.Module):
         (Claimed, {"difference": lambda m, v, r, d: (1 - r * r) * d}, "difference"),
         (Claimed, {"complex_parts": lambda m, a, b: (a.tanh(), b)}, "complex_parts"),
         (Scaled, {}, "has parameters"),
-        (Shared, {}, "each number by itself"),
-        (Noisy, {}, "each number by itself"),
+        (Shared, {}, "each number independently"),
+        (Noisy, {}, "each number independently"),
     ],
 )
 @pytest.mark.parametrize("rule", ["dtp", "dfc", "ep", "ccl"])
@@ -360,7 +360,7 @@ class Told(nn.Linear):
 def test_what_is_said_of_a_layer_must_be_so(rule: str) -> None:
     apical.register_layer(Told)  # wrongly: its forward applies twice the weight
     model = model_of(Told, nn.Tanh)
-    with pytest.raises(UnsupportedModelError, match=r"'0' \(Told\).*register_layer was told"):
+    with pytest.raises(UnsupportedModelError, match=r"'0' \(Told\).*given to apical.register_layer"):
         RULES[rule](model)(torch.randn(4, 5, dtype=torch.double), torch.arange(4) % 3)
     apical.register_layer(Told, weight=lambda layer: 2 * layer.weight)
     RULES[rule](model_of(Told, nn.Tanh))(torch.randn(4, 5, dtype=torch.double), torch.arange(4) % 3)

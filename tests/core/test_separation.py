@@ -552,7 +552,7 @@ def test_rows_are_matched_whatever_the_axes() -> None:
             h = torch.tanh(self.a(x[0]))
             return self.c(torch.tanh(self.b(h.repeat(len(x), 1))))
 
-    with pytest.raises(UnsupportedModelError, match=r"'F\.tanh'.*cannot be told which errors"):
+    with pytest.raises(UnsupportedModelError, match=r"'F\.tanh'.*errors cannot be matched"):
         DFA(Mixed())(inputs, targets.flatten())
 
 
@@ -866,7 +866,7 @@ class Around(nn.Module):
 
 
 def test_an_output_that_others_are_added_to_is_no_way_round_the_cuts() -> None:
-    with pytest.raises(UnsupportedModelError, match="the error would reach 'first' round the cuts"):
+    with pytest.raises(UnsupportedModelError, match="the error would reach 'first' around the cuts"):
         DFA(
             Around(), lambda output, targets: F.mse_loss(output[0], targets) + output[1].square().mean(), units="activation"
         )(torch.randn(4, 6), torch.randn(4, 8))

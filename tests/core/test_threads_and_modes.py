@@ -92,9 +92,9 @@ def test_what_is_made_in_inference_mode_is_refused(make: Any) -> None:
     plain = net()
     with torch.inference_mode():
         model = net()
-        with pytest.raises(ConfigError, match=r"inference_mode\(\).* make both outside"):
+        with pytest.raises(ConfigError, match=r"inference_mode\(\).* create both outside"):
             make(plain)
-    with pytest.raises(ConfigError, match=r"inference_mode\(\).* make both outside"):
+    with pytest.raises(ConfigError, match=r"inference_mode\(\).* create both outside"):
         make(model)
 
 

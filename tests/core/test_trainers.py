@@ -252,6 +252,6 @@ def test_a_copy_by_parts_with_another_model_is_refused(rule: Any, begun: bool) -
         made(*data()[0]).backward()
     replica = made._replicate_for_data_parallel()
     replica._modules["model"] = copy.deepcopy(made.model)
-    with pytest.raises(ConfigError, match=r"a copy of a rule with another model"):
+    with pytest.raises(ConfigError, match=r"this copy of a rule has another model"):
         replica(*data()[0])
     copy.deepcopy(made)(*data()[0]).backward()

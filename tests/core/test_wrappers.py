@@ -211,7 +211,7 @@ def test_backpropagation_uses_what_was_compiled(form: Form) -> None:
 @pytest.mark.filterwarnings("ignore:the model is compiled")
 def test_it_is_not_compiled_twice(kind: str) -> None:
     rule = made(kind, block_around(network(), Counted()))
-    with pytest.raises(apical.errors.UnsupportedModelError, match="make the rule of the model as it was"):
+    with pytest.raises(apical.errors.UnsupportedModelError, match="make the rule from the uncompiled model"):
         gradients(torch.compile(rule, backend="eager"))  # type: ignore[arg-type]
 
 

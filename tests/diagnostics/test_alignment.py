@@ -194,7 +194,7 @@ def test_modes_and_gradients_are_restored_after_an_error() -> None:
     rule(*batch()).backward()
     rule.eval()
     grads = [p.grad for p in rule.parameters()]
-    with pytest.raises(ConfigError, match=r"does not take inputs of torch.float32"):
+    with pytest.raises(ConfigError, match=r"the inputs are torch.float32"):
         gradient_alignment(rule, torch.randn(2, 3, 8, 8), torch.zeros(2).long())
     assert not any(module.training for module in rule.modules())
     assert all(p.grad is grad for p, grad in zip(rule.parameters(), grads, strict=True))

@@ -204,11 +204,17 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (apical.CorInfoMax, "CorInfoMax has no kernel, which is made of its updates by any error: it learns from labels"),
-        (apical.DeepFeedbackControl, "DeepFeedbackControl has no kernel, which is made of its updates by any error: deep"),
+        (
+            apical.CorInfoMax,
+            "CorInfoMax has no kernel, because a kernel is computed from updates for arbitrary errors: it learns",
+        ),
+        (
+            apical.DeepFeedbackControl,
+            "DeepFeedbackControl has no kernel, because a kernel is computed from updates for arbitrary errors: deep",
+        ),
         (
             apical.ForwardForward,
-            "ForwardForward has no kernel, which is made of its updates by any error: it learns from labels",
+            "ForwardForward has no kernel, because a kernel is computed from updates for arbitrary errors: it learns",
         ),
     ],
 )
@@ -222,5 +228,5 @@ def test_a_rule_that_is_not_driven_by_the_error_has_no_kernel(kind: Callable[...
 def test_a_rule_around_another_model_is_refused() -> None:
     """Its updates would be multiplied with the Jacobian of weights that it does not have."""
     x = torch.randn(2, 4).double()
-    with pytest.raises(ConfigError, match="around another model"):
+    with pytest.raises(ConfigError, match="the rule has another model"):
         learnability(network(), x, apical.FeedbackAlignment(network()))

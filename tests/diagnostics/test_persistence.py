@@ -181,7 +181,7 @@ def test_models_of_other_kinds() -> None:
         convolution[3].weight[0, 0] = float("nan")
     with pytest.raises(ConfigError, match="layer '3' is not finite"):
         persistence(convolution)
-    with pytest.raises(ConfigError, match="makes 4 numbers"):
+    with pytest.raises(ConfigError, match="outputs 4 numbers"):
         deep_graph_persistence([np.ones((4, 3)), np.ones((2, 5))])
 
 

@@ -202,7 +202,7 @@ def test_a_feedback_network_of_ones_own_is_taken_as_it_is() -> None:
     assert own[0][0].weight.grad.any()
     with pytest.raises(ConfigError, match=r"takes 2 modules, or 3 .* got 1"):
         CounterCurrentLearning(model, feedback=own[:1])
-    with pytest.raises(ConfigError, match=r"against layer 'linear3' makes \(5,\), not \(6,\)"):
+    with pytest.raises(ConfigError, match=r"facing layer 'linear3' returns shape \(5,\), not \(6,\)"):
         CounterCurrentLearning(model, feedback=[nn.Linear(10, 5).double(), own[1]])
 
 

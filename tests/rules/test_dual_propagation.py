@@ -282,7 +282,7 @@ def test_refusals() -> None:
     model = mlp()
     rule = DualPropagation(model)
     model[2] = nn.Linear(8, 7)
-    with pytest.raises(UnsupportedModelError, match=r"'2' \(Linear\) was taken out of the model"):
+    with pytest.raises(UnsupportedModelError, match=r"'2' \(Linear\) was removed from the model"):
         rule(*batch("mlp"))
     with pytest.raises(ConfigError, match="variant"):
         DualPropagation(mlp(), variant="dp")  # type: ignore[arg-type]

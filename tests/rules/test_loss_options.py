@@ -49,7 +49,7 @@ def refuses(name: str, loss: Any) -> str | None:
         return "ignore_index"
     one_hot = name.startswith(("corinfomax", "ccl", "hep", *COMPARE))
     if one_hot or (name.startswith("ep") and loss is F.cross_entropy):
-        return "out of the batch"
+        return "from the batch"
     return None
 
 
@@ -119,7 +119,7 @@ def test_the_error_at_the_output_is_that_of_the_whole_loss(name: str, loss: Any)
 )
 @pytest.mark.parametrize("name", ["strong-dfc", "corinfomax", "tdca", "local-sim", "local-both", "ff"])
 def test_rules_that_learn_from_labels_refuse_options_they_would_drop(name: str, loss: Any) -> None:
-    with pytest.raises(ConfigError, match=r"option (weight|label_smoothing|ignore_index) of the loss would not reach"):
+    with pytest.raises(ConfigError, match=r"option (weight|label_smoothing|ignore_index) of the loss would have no effect"):
         RULES[name](dense_network(), loss)
 
 
@@ -145,7 +145,7 @@ WORDS = {"weights": "weighs", "prior": "weighs", "ignored": "ignores a class", "
 @pytest.mark.parametrize("loss", OWN)
 @pytest.mark.parametrize("name", LABELS)
 def test_a_function_of_ones_own_is_asked_for_what_labels_alone_do_not_say(name: str, loss: str) -> None:
-    with pytest.raises(ConfigError, match=WORDS.get(loss, "least at other outputs than the labels say")):
+    with pytest.raises(ConfigError, match=WORDS.get(loss, "minimum at outputs other than the labels")):
         RULES[name](dense_network(), OWN[loss])(*batch())
 
 
@@ -181,7 +181,7 @@ def test_probabilities_of_classes_are_not_taken_for_outputs(name: str) -> None:
     """Cross-entropy with soft labels is not least where the outputs are the labels; a distance is."""
     inputs, targets = batch()
     soft = F.one_hot(targets, 4).double() * 0.7 + 0.075
-    with pytest.raises(ConfigError, match="drives the outputs to targets that are numbers"):
+    with pytest.raises(ConfigError, match="drives the outputs to numerical targets"):
         RULES[name](dense_network(), F.cross_entropy)(inputs, soft)
     RULES[name](dense_network(), F.mse_loss)(inputs, soft).backward()
 
@@ -192,10 +192,10 @@ def test_a_loss_is_asked_again_when_it_or_the_targets_are_of_another_kind(name: 
     inputs, targets = batch()
     rule = RULES[name](dense_network(), F.cross_entropy)
     rule(inputs=inputs, targets=targets).backward()
-    with pytest.raises(ConfigError, match="drives the outputs to targets that are numbers"):
+    with pytest.raises(ConfigError, match="drives the outputs to numerical targets"):
         rule(inputs=inputs, targets=F.one_hot(targets, 4).double())
     rule.loss = OWN["smooth"]
-    with pytest.raises(ConfigError, match="least at other outputs than the labels say"):
+    with pytest.raises(ConfigError, match="minimum at outputs other than the labels"):
         rule(targets=targets, inputs=inputs)
 
 

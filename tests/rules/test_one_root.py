@@ -275,9 +275,9 @@ def test_a_loss_made_of_the_output_is_the_rules_or_refused(name: str) -> None:
         credit_of(whole).backward()
         same({k: v for k, v in gradients(rule).items() if k.startswith("model.")}, model_gradients(whole))
     else:
-        with pytest.raises(ConfigError, match="put the term into the loss"):
+        with pytest.raises(ConfigError, match="add the term to the loss"):
             own.backward()
-        with pytest.raises(ConfigError, match="put the term into the loss"):
+        with pytest.raises(ConfigError, match="add the term to the loss"):
             (credit_of(rule).loss + 0.1 * credit_of(rule).output.square().mean()).backward()
 
 

@@ -411,7 +411,7 @@ def test_refusals() -> None:
     model = mlp()
     rule = PredictiveCoding(model)
     model[1] = nn.ReLU()
-    with pytest.raises(UnsupportedModelError, match=r"'1' \(Tanh\) was taken out of the model"):
+    with pytest.raises(UnsupportedModelError, match=r"'1' \(Tanh\) was removed from the model"):
         rule(*batch("mlp"))
     model = mlp()
     rule = PredictiveCoding(model)

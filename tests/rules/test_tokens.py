@@ -161,7 +161,7 @@ def test_units_end_where_the_specification_says() -> None:
 def test_what_leaks_is_refused_and_what_does_not_is_not() -> None:
     """T13."""
     inputs, targets = tokens()
-    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.attention\.q' round the cuts"):
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.attention\.q' around the cuts"):
         DFA(decoder(), token_cross_entropy, units="activation")(inputs, targets)
     for units in ("block", "sublayer", "micro", "auto"):
         for inside in ("exact", "feedback"):

@@ -259,7 +259,7 @@ def by_hand(parameters: Callable[[Any], Any], through_data: bool, rate: float = 
 def test_a_loop_by_hand_that_forgets_the_feedback_is_warned(make: Any, through_data: bool, recwarn: Any) -> None:
     by_hand(lambda rule: rule.parameters(), through_data)(build(make, "auto"))
     assert not recwarn.list
-    with pytest.warns(RuntimeWarning, match=r"own that learn.* train all of rule.parameters\(\)"):
+    with pytest.warns(RuntimeWarning, match=r"own trainable parameters.* train all of rule.parameters\(\)"):
         by_hand(lambda rule: rule.model.parameters(), through_data)(build(make, "auto"))
 
 

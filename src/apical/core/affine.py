@@ -179,8 +179,8 @@ def require_affine(name: str, layer: nn.Module) -> None:
         layer.forget()
     elif not computes_plainly(layer):
         raise UnsupportedModelError(
-            f"layer {name!r} ({type(layer).__name__}) no longer computes with its own weight as it is: it was parametrised, "
-            "pruned, or given another forward after the rule was made; make the rule after that"
+            f"layer {name!r} ({type(layer).__name__}) no longer computes with its plain weight: it was parametrised, "
+            "pruned, or given another forward method after the rule was made; make the rule afterwards"
         )
 
 
@@ -188,9 +188,9 @@ def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
     """Refusal of a layer whose effective weight is not known."""
     kind = type(layer).__name__
     if "forward" in layer.__dict__:
-        what, remedy = "has a forward of its own on the instance", "make it a type of modules and register that"
+        what, remedy = "has its forward method replaced on the instance", "make it a module class and register that class"
     else:
-        what, remedy = "has a forward of its own, whose effective weight is not known", "register it"
+        what, remedy = "has its own forward method, whose effective weight is not known", "register it"
     return UnsupportedModelError(f"layer {name!r} ({kind}) {what}; {remedy}: apical.register_layer({kind}, weight=...)")
 
 
@@ -209,8 +209,8 @@ def require_unhooked(name: str, module: nn.Module, inputs: Tensor) -> None:
         own: Tensor = module.forward(inputs.clone())
     if not (own.shape == output.shape and torch.allclose(own, output, 0.0, 0.0, equal_nan=True)):
         raise UnsupportedModelError(
-            f"a hook on module {name} changes what it computes, which a chain's equations do not see; make the change a "
-            "module of its own"
+            f"a hook on module {name} changes what it computes, which a chain's equations do not include; move the "
+            "change into a separate module"
         )
 
 

@@ -73,10 +73,10 @@ def require_agreement(module: nn.Module, said: "Activation") -> None:
         raise _wrong(module, "has parameters", "elementwise=False")
     phi = plain(module)
     if said.elementwise and not acts_on_each(phi):
-        raise _wrong(module, "does not map each number by itself, the same at every call", "elementwise=False")
+        raise _wrong(module, "does not map each number independently and in the same way at every call", "elementwise=False")
     if (v := _taken(phi)) is None:
         if any(formula is not None for formula in (said.derivative, said.difference, said.complex_parts)):
-            raise _wrong(module, "does not run on rows of numbers, by which formulas are checked", "no formula")
+            raise _wrong(module, "does not run on rows of numbers, which are used to check formulas", "no formula")
         return
     with undisturbed(phi), torch.enable_grad(), torch.autocast(v.device.type, enabled=False):
         leaf = v.clone().requires_grad_()

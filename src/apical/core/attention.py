@@ -124,8 +124,8 @@ def mixed(
     own = k.shape[-2] - extra
     if q.shape[-2] != own:
         raise UnsupportedModelError(
-            f"attention='present' needs keys of the queries' own positions, and {q.shape[-2]} queries look at {own} keys; "
-            "use it with self-attention, or pass attention='exact' or 'fixed'"
+            f"attention='present' needs keys at the positions of the queries, but {q.shape[-2]} queries attend to {own} "
+            "keys; use it with self-attention, or pass attention='exact' or 'fixed'"
         )
     fixed_k, fixed_v = _past(k, own), _past(v, own)
     a = weights(q, fixed_k, mask, dropout, scale)
@@ -410,9 +410,9 @@ class Attending(TorchFunctionMode):
         if self._own is not None:
             module, function = self._own
             raise UnsupportedModelError(
-                f"{module!r} computes attention of its own, by {function} behind a softmax, whose backward pass cannot be "
-                f"changed: attention={self.attention!r} needs nn.MultiheadAttention or F.scaled_dot_product_attention; use "
-                "one of them there, or pass attention='exact'"
+                f"{module!r} computes attention itself, by {function} after a softmax, and that backward pass cannot be "
+                f"changed: attention={self.attention!r} needs nn.MultiheadAttention or F.scaled_dot_product_attention; "
+                "use one of them there, or pass attention='exact'"
             )
         if not self.seen:
             raise UnsupportedModelError(
@@ -436,8 +436,8 @@ def attended(rule: CreditRule, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     compiling, looks = torch.compiler.is_compiling(), torch.is_grad_enabled() and not rule._has_attended
     if compiling and not rule._has_attended:
         raise UnsupportedModelError(
-            f"attention={rule.attention!r} must see the model at work before torch.compile: call the rule once on a "
-            "batch without it"
+            f"attention={rule.attention!r} must see the model run before torch.compile: call the rule once on a batch "
+            "without compilation"
         )
     attending = Attending(rule.attention, rule.model, looks=looks)
     with attending:

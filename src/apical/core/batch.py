@@ -109,11 +109,13 @@ def require_classes(targets: Tensor, classes: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(targets))
     if low < 0:
         raise ConfigError(
-            f"the targets have the label {low}, but every sample needs a class here: leave samples to be ignored out of the "
-            "batch (ignore_index)"
+            f"the targets have the label {low}, but every sample needs a class here: remove samples that should be "
+            "ignored (ignore_index) from the batch"
         )
     if high >= classes:
-        raise ConfigError(f"the targets have the label {high}, but the model has {classes} outputs, for classes from 0")
+        raise ConfigError(
+            f"the targets have the label {high}, but the model has {classes} outputs; classes are numbered from 0"
+        )
 
 
 def counted(targets: Tensor, error: Tensor) -> Tensor | None:
@@ -150,8 +152,8 @@ def require_precision(rule: str, weight: Tensor) -> None:
     if weight.dtype not in (torch.float32, torch.float64):
         kind = str(weight.dtype).removeprefix("torch.")
         raise UnsupportedModelError(
-            f"{rule} learns from small differences of activities, which {kind} rounds away: keep the model in float32 "
-            "(model.float())"
+            f"{rule} learns from small differences between activities, which {kind} rounds away: keep the model in "
+            "float32 (model.float())"
         )
 
 

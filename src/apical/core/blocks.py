@@ -104,12 +104,12 @@ def blocks(
     names = [calls[i].name for i in places]
     required = list(dict.fromkeys(within.get(layer, name) for name, layer in layers.items()))
     if uncalled := [name for name in required if name not in names]:
-        raise UnsupportedModelError(
-            f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove what computes nothing"
-        )
+        raise UnsupportedModelError(f"{enumerated('layer', uncalled, 'was', 'were')} not called; remove unused layers")
     kind = _precision(next(iter(layers.values())))
     if odd := next((name for name, layer in layers.items() if _precision(layer) != kind), None):
-        raise UnsupportedModelError(f"layer {odd!r} is kept in another precision than the layers before it; use one for all")
+        raise UnsupportedModelError(
+            f"layer {odd!r} has a different precision from the layers before it; use one precision for all"
+        )
     starts = [_start(calls, place) for place in places]
     starts[0] = next(i for i, call in enumerate(calls) if list(call.module.parameters()))  # before, the input is prepared
     ends = [*starts[1:], len(calls)]
@@ -177,8 +177,8 @@ def _block(calls: Sequence[Call], layers: set[int]) -> Block:
     assert is_weighted(layer)
     if (own := _precision(layer)) != calls[-1].made.dtype:
         raise UnsupportedModelError(
-            f"layer {place.name!r} ({type(place.module).__name__}) keeps its weight in {own}, but its block makes "
-            f"{calls[-1].made.dtype}; keep the weight in that type, or use another rule"
+            f"layer {place.name!r} ({type(place.module).__name__}) stores its weight as {own}, but its block outputs "
+            f"{calls[-1].made.dtype}; store the weight in that type, or use another rule"
         )
     given, made = tuple(calls[0].given.shape[1:]), tuple(calls[-1].made.shape[1:])
     last = calls[-1]

@@ -23,8 +23,8 @@ from apical.core.packed_swap import PackedSwap
 from apical.errors import UnsupportedModelError
 
 UNCOMPILED = (
-    "feedback stands in for the weights of attention and recurrent modules in eager mode only: leave out fullgraph=True, "
-    "and the rest of the model is compiled"
+    "feedback replaces the weights of attention and recurrent modules in eager mode only: leave out fullgraph=True, and "
+    "the rest of the model is compiled"
 )
 
 _checked: set[tuple[Any, ...]] = set()
@@ -107,8 +107,8 @@ class Bundle:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if is_checkpointed():
             raise UnsupportedModelError(
-                f"layer {self.name!r} ({type(self.module).__name__}) runs inside torch.utils.checkpoint, which keeps "
-                "tensors in its own way; leave it out of the checkpoint"
+                f"layer {self.name!r} ({type(self.module).__name__}) runs inside torch.utils.checkpoint, which stores "
+                "tensors in its own way; move it out of the checkpoint"
             )
         self.refuse_substitutes()
         self._require_no_error_at_first(args, kwargs)
@@ -126,7 +126,7 @@ class Bundle:
 
     def _refuse_error_at_first(self) -> None:
         raise UnsupportedModelError(
-            f"layer {self.first!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
+            f"layer {self.first!r} was treated as the first one, but its input needs an error; pass first_layer=True"
         )
 
     @contextmanager

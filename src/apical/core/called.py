@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from apical.core.layers import LINEAR
 from apical.errors import UnsupportedModelError
 
-FAKE = "tensors under FakeTensorMode hold no numbers, which this rule looks at; make and call the rule outside of it"
+FAKE = "tensors under FakeTensorMode have no values, which this rule needs; make and call the rule outside that mode"
 
 
 class Mean(nn.Module):
@@ -114,8 +114,8 @@ class Functions(TorchFunctionMode):
         result = func(*args, **options)
         if not self.deep and func.__name__ in VALUES:
             raise UnsupportedModelError(
-                f"{self.where} reads the numbers of a batch ({func.__name__.strip('_')}), and may take another way with "
-                "others, which this rule would not see; remove that, or use another rule"
+                f"{self.where} reads values of the batch ({func.__name__.strip('_')}) and may take another path for "
+                "other values, which this rule would not see; remove that, or use another rule"
             )
         if self.deep or not isinstance(result, Tensor):
             return result

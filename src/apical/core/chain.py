@@ -181,7 +181,7 @@ class Chain:
         if unseen:
             what = enumerated("layer", unseen, "was", "were")
             raise UnsupportedModelError(
-                f"{what} not called in the forward pass; call as modules what shall learn, remove the rest"
+                f"{what} not called in the forward pass; call modules that should learn, and remove the others"
             )
 
     @property
@@ -224,8 +224,8 @@ class Chain:
         for module, run in self._others:
             if type(module).forward is not run or ("forward" in module.__dict__ and not runs_own_forward(module, run)):
                 raise UnsupportedModelError(
-                    f"module {self._name(module)} was given another forward or class after the rule was made; make it "
-                    "a type of modules, and the rule after that"
+                    f"module {self._name(module)} was given another forward or class after the rule was made; make it a "
+                    "module class, and make the rule afterwards"
                 )
             hooked = hooked or is_hooked(module)
         if not hooked or torch.compiler.is_compiling():
@@ -283,8 +283,8 @@ def require_affine_type(name: str, layer: nn.Module) -> None:
     """
     if not is_affine(layer):
         raise UnsupportedModelError(
-            f"layer {name!r} ({type(layer).__name__}) is no affine map of its input, which this rule's equations are about; "
-            "backpropagation and the rules with feedback weights (fa, usf, kp, wm, pfa) train it"
+            f"layer {name!r} ({type(layer).__name__}) is not an affine map of its input, as this rule's equations "
+            "require; backpropagation and the rules with feedback weights (fa, usf, kp, wm, pfa) train it"
         )
 
 
@@ -328,12 +328,12 @@ def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | N
     training, calls = (_traced(model, example.clone(), whole or {}, known, training=training) for training in (True, False))
     if [call.module for call in training] != [call.module for call in calls]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} calls other modules in training mode ({_names(training)}) than in evaluation mode "
-            f"({_names(calls)}); call the same ones in both"
+            f"{type(model).__name__} calls different modules in training mode ({_names(training)}) and in evaluation "
+            f"mode ({_names(calls)}); call the same ones in both"
         )
     names = [call.name for call in calls if is_weighted(call.module) or call.name in (whole or {})]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UnsupportedModelError(f"layer {twice!r} is called twice; give each place a layer of its own")
+        raise UnsupportedModelError(f"layer {twice!r} is called twice; use a separate layer for each call")
     return calls
 
 
@@ -407,15 +407,15 @@ def _traced(
     for call in calls:
         if call.given is not last or call.entered != version:
             raise UnsupportedModelError(
-                f"the input of {call.label} is not {source}{_instead(functions, call.given)}: a function, a sum or a branch "
-                "lies between them, so the model is not a chain; make it one, of modules, activations, flattening and "
-                "pooling one after the other, or use another rule"
+                f"the input of {call.label} is not {source}{_instead(functions, call.given)}: a function, a sum or a "
+                "branch lies between them, so the model is not a chain; build it as a sequence of modules, activations, "
+                "flattening and pooling, or use another rule"
             )
         last, version, source = call.made, call.left, f"the output of {call.label}"
     if output is not last or output._version != version:
         raise UnsupportedModelError(
-            f"the model's output is not {source}{_instead(functions, output)}: a function, a sum or a branch follows it, so "
-            "the model is not a chain; make a function a module or a part of the loss, or use another rule"
+            f"the model's output is not {source}{_instead(functions, output)}: a function, a sum or a branch follows it, "
+            "so the model is not a chain; turn functions into modules or move them into the loss, or use another rule"
         )
     if is_drawn:
         where = f"a module in {', '.join(map(repr, whole))}" if whole else type(model).__name__
@@ -477,9 +477,9 @@ def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn
         else:
             what = f"module {call.name!r} ({type(call.module).__name__})"
             if _acts(call.module):
-                raise UnsupportedModelError(f"{what} does not follow a weighted layer directly; move it behind one")
+                raise UnsupportedModelError(f"{what} does not follow a weighted layer directly; move it after one")
             raise UnsupportedModelError(
-                f"{what} is not known to be linear or element-wise; replace it by modules of torch.nn, make it known by "
+                f"{what} is not known to be linear or element-wise; replace it by modules of torch.nn, register it by "
                 f"apical.register_activation({type(call.module).__name__}), or use another rule"
             )
     if layer is not None:

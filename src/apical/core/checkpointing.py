@@ -51,8 +51,8 @@ def refuse_hidden(name: str) -> None:
     function = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _autograd_function()
     if function is not None:
         raise UnsupportedModelError(
-            f"layer {name!r} runs inside the autograd function {function}, out of the rule's sight; "
-            "where this is activation checkpointing, pass use_reentrant=False, or remove it"
+            f"layer {name!r} runs inside the autograd function {function}, where the rule cannot see it; if this is "
+            "activation checkpointing, pass use_reentrant=False, or remove it"
         )
 
 

@@ -80,8 +80,8 @@ class Containers:
         if changed and (lost := self.names.keys() - set(self.model.modules())):
             module = min(lost, key=self.names.__getitem__)
             raise UnsupportedModelError(
-                f"module {self.names[module]!r} ({type(module).__name__}) was taken out of the model after the rule was "
-                "made; make the rule after that"
+                f"module {self.names[module]!r} ({type(module).__name__}) was removed from the model after the rule was "
+                "made; make the rule afterwards"
             )
         if not (touched := self.written if compiling else self._touched(self._is_due())):
             self._batches += not compiling
@@ -90,9 +90,10 @@ class Containers:
         for module in () if compiling else touched:
             refuse_backward_hooks(f"{self.names[module]!r} ({type(module).__name__})", module)
         message = (
-            f"module {names} computes another function than when the rule was made, or than apical.register_layer was told: "
-            "a hook, a forward, a new child, a conversion of dtype, or a choice in its forward (an attribute, "
-            "numbers of the batch, chance), which this rule does not see; make it a module of its own, and the rule then"
+            f"module {names} computes another function than when the rule was made, or than the one given to "
+            "apical.register_layer, because of a hook, a forward method, a new child, a dtype conversion, or a choice "
+            "in its forward (an attribute, values of the batch, randomness), which this rule does not see; move that "
+            "into a separate module, and make the rule afterwards"
         )
         fresh = [] if compiling else [module for module in self.model.modules() if module not in self.names]  # dropout?
         modes = [(module, module.training) for module in (*touched, *fresh)]

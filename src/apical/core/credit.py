@@ -458,8 +458,8 @@ class CreditRule(nn.Module):
             raise ConfigError(f"this {type(self).__name__} was detached from its model; make a new rule")
         if self._made_for and getattr(self.model, "_orig_mod", self.model) is not self._made_for[0]:
             raise ConfigError(
-                "this is a copy of a rule with another model than the rule was made for, at whose layers it would still "
-                "look (higher and nn.DataParallel make such copies); use copy.deepcopy(rule)"
+                "this copy of a rule has another model than the one the rule was made for, but would still use that "
+                "one's layers (higher and nn.DataParallel make such copies); use copy.deepcopy(rule)"
             )
         if self._found is not None:
             self._found.require_intact(type(self).__name__)

@@ -38,7 +38,7 @@ ATTEMPTS = 8
 
 
 UNSEEN = (
-    "the rule looks at a batch of each kind in eager mode first: call the rule on one before it is compiled with "
+    "the rule must first see a batch of each kind in eager mode: call the rule on one before it is compiled with "
     "fullgraph=True, or leave out fullgraph=True"
 )
 
@@ -346,12 +346,12 @@ class CutRule(CreditRule):
                 output, done = self._cut_pass(inputs, False)
         if done.on_view is not None:
             raise UnsupportedModelError(
-                f"the activation at {done.on_view!r} works in place on a view (view, chunk, a slice), which goes on with "
-                "its past beside the cut; go on with what the activation returns, or use one that is not in place"
+                f"the activation at {done.on_view!r} works in place on a view (view, chunk, a slice), whose history "
+                "bypasses the cut; continue with what the activation returns, or use one that is not in place"
             )
         raise UnsupportedModelError(
-            "the model takes another path at each call, and on none of them is the error known to stay within its units; "
-            "make the path depend on the inputs or on PyTorch's random numbers, or name further cuts: units=('NAME', ...)"
+            "the model takes another path at each call, and on none is the error known to stay within its units; make "
+            "the path depend on the inputs or on PyTorch's random numbers, or name further cuts: units=('NAME', ...)"
         )
 
 

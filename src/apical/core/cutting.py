@@ -330,11 +330,13 @@ class Pass:
         """End a unit: what is returned has the same numbers, and no past."""
         if self.single and hidden.dim() == self.single:
             raise UnsupportedModelError(
-                f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so it "
-                "cannot be told which errors belong to it; call it on the whole batch (batch, ...)"
+                f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so "
+                "the errors that belong to it cannot be identified; call it on the whole batch (batch, ...)"
             )
         if hidden.is_nested:
-            raise UnsupportedModelError(f"the unit at {name!r} makes a nested tensor, which no rule with cuts takes; pad it")
+            raise UnsupportedModelError(
+                f"the unit at {name!r} outputs a nested tensor, which rules with cuts do not support; pad it"
+            )
         if not (self.plain or self.is_mapped):
             refuse_mapped(name)
         root = hidden

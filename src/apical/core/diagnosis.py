@@ -40,9 +40,9 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     name = compiled_function(cast(nn.Module, rule.model))
     if name is not None and (isinstance(error, UnsupportedModelError) or not isinstance(error, ApicalError)):
         return UnsupportedModelError(
-            f"{error if isinstance(error, ApicalError) else repr(error)} [the model calls {name}(), which torch.compile has "
-            "compiled and in which no rule can see layers at work: if it calls some, call the rule in the context of "
-            'torch.compiler.set_stance("force_eager"), or leave the function as it was]'
+            f"{error if isinstance(error, ApicalError) else repr(error)} [the model calls {name}(), which torch.compile "
+            "has compiled, so no rule can see the layers it calls: if it calls any, call the rule in the context of "
+            'torch.compiler.set_stance("force_eager"), or do not compile the function]'
         )
     if isinstance(error, ApicalError):
         return None
@@ -53,20 +53,20 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     loss: Any = rule.loss
     parameter = next(model.parameters(), None)
     if not any(isinstance(part, Tensor) for part in tree_leaves(inputs)):
-        return ConfigError(f"inputs are a {type(inputs).__name__} without a tensor in it: give torch.as_tensor(inputs)")
+        return ConfigError(f"inputs are a {type(inputs).__name__} that contains no tensor: pass torch.as_tensor(inputs)")
     if isinstance(inputs, Tensor) and parameter is not None and (parameter.is_meta or inputs.is_meta):
         where = "the model is" if parameter.is_meta else "the inputs are"
-        return ConfigError(f"{where} on the meta device, which holds no numbers: make them on another")
+        return ConfigError(f"{where} on the meta device, which stores no values: create them on another device")
     if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.is_inference() for part in tree_leaves(inputs)):
-        return ConfigError("inputs made under torch.inference_mode() cannot be learned from: give inputs.clone()")
+        return ConfigError("inputs made under torch.inference_mode() cannot be used for learning: pass inputs.clone()")
     with undisturbed(rule), torch.no_grad():
         try:
             output = model(inputs)
         except Exception as error:
             if isinstance(error, TypeError) and not _takes_one(model.forward):
                 return UnsupportedModelError(
-                    f"a rule calls the model with the inputs alone, and its forward does not take one argument ({error}): "
-                    "wrap it in a module whose forward(inputs) reads what it needs from a tuple or dictionary"
+                    "a rule calls the model with the inputs alone, but its forward does not take one argument "
+                    f"({error}): wrap it in a module whose forward(inputs) reads what it needs from a tuple or dictionary"
                 )
             return _misplaced(inputs, parameter)
         if isinstance(loss, type) or not callable(loss):
@@ -94,9 +94,7 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
     if isinstance(inputs, Tensor) and inputs.layout is not torch.strided:
         return ConfigError(f"inputs are {inputs.layout}, and {type(rule).__name__} needs dense ones: inputs.to_dense()")
     if not isinstance(value, Tensor):
-        return ConfigError(
-            f"the loss returns a {type(value).__name__}, from which no gradient can be taken; return a scalar tensor"
-        )
+        return ConfigError(f"the loss returns a {type(value).__name__}, which has no gradient; return a scalar tensor")
     if value.dim():
         return ConfigError(
             f"the loss returns a tensor of shape {tuple(value.shape)}; return the mean over the batch, a scalar"
@@ -108,7 +106,7 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
         )
     if not isinstance(targets, Tensor):
         return ConfigError(
-            f"{type(rule).__name__} computes with the targets itself and needs them in one tensor, not a "
+            f"{type(rule).__name__} computes with the targets directly and needs them in one tensor, not a "
             f"{type(targets).__name__}"
         )
     if not output.dim() or not targets.dim() or len(output) != len(targets):
@@ -139,13 +137,13 @@ def _misplaced(inputs: Any, parameter: Tensor | None) -> ApicalError | None:
         return None
     if inputs.device != parameter.device:
         return ConfigError(
-            f"the model does not take inputs on {inputs.device}, its parameters are on {parameter.device}: "
-            f'inputs.to("{parameter.device}"), or move the rule, which moves the model (rule.to(...))'
+            f"the inputs are on {inputs.device}, but the model's parameters are on {parameter.device}: use "
+            f'inputs.to("{parameter.device}"), or move the rule and with it the model (rule.to(...))'
         )
     if inputs.dtype != parameter.dtype and parameter.is_floating_point():
         return ConfigError(
-            f"the model does not take inputs of {inputs.dtype}, its parameters are {parameter.dtype}: "
-            f"inputs.to({parameter.dtype}), or another type for the rule, which is the model's (rule.to(...))"
+            f"the inputs are {inputs.dtype}, but the model's parameters are {parameter.dtype}: use "
+            f"inputs.to({parameter.dtype}), or convert the rule and with it the model (rule.to(...))"
         )
     return None
 
@@ -170,7 +168,7 @@ def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
     except RuntimeError as error:
         raise ConfigError(
             f"outputs of shape {tuple(output.shape)} came with targets of shape {tuple(targets.shape)} "
-            f"({str(error).splitlines()[0]}): give a batch of samples, (1, ...) for one, and do not squeeze its axis away"
+            f"({str(error).splitlines()[0]}): give a batch of samples, (1, ...) for one, and do not squeeze that axis"
         ) from error
 
 
@@ -222,7 +220,7 @@ def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
     """
     if not any(_leads(root.grad_fn, inputs) for root in credit.roots):
         raise ConfigError(
-            f"inputs require a gradient, and {type(rule).__name__} sends none to them, nor to what made them: give "
+            f"inputs require a gradient, but {type(rule).__name__} sends none to them or to what computed them: pass "
             "inputs.detach(), or choose a rule whose error passes the first layer"
         )
 
@@ -250,7 +248,8 @@ def refuse_tangents(rule: nn.Module, args: Sequence[Any]) -> None:
     tensors = [part for part in tree_leaves((args, list(rule.parameters()))) if isinstance(part, Tensor)]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise ConfigError(
-            f"forward-mode derivatives do not pass through {type(rule).__name__}; take them of rule.model, or use Backprop"
+            f"forward-mode derivatives do not pass through {type(rule).__name__}; compute them for rule.model, or use "
+            "Backprop"
         )
 
 
@@ -279,8 +278,8 @@ def require_no_counted_passes(rule: CreditRule) -> None:
     serves = rule.chains_errors and not _own_parameters(rule)
     if not serves and any(hasattr(parameter, "_forward_counter") for parameter in rule.parameters()):
         raise UnsupportedModelError(
-            f"Opacus takes the gradients of single samples by hooks on layers, which {type(rule).__name__} does not serve: "
-            "use Backprop, FeedbackAlignment or SignSymmetry, or remove them (GradSampleModule.remove_hooks())"
+            f"Opacus computes per-sample gradients by hooks on layers, which {type(rule).__name__} does not support: use "
+            "Backprop, FeedbackAlignment or SignSymmetry, or remove them (GradSampleModule.remove_hooks())"
         )
 
 
@@ -347,7 +346,7 @@ def warn_of_rest(rule: CreditRule, credit: Credit) -> None:
     roots = [(root, root.grad_fn) for root in credit.roots]
     if any(root is own or _leads(node, own) for own in _own_parameters(rule) for root, node in roots):
         warnings.warn(
-            f"{type(rule).__name__} has parameters of its own that learn, and this loop moves those of the model alone: "
+            f"{type(rule).__name__} has its own trainable parameters, but this loop updates only those of the model: "
             "train all of rule.parameters(), not model.parameters()",
             RuntimeWarning,
             stacklevel=6,

@@ -102,8 +102,8 @@ class EdgeRule(CreditRule):
         names = {name for name, layer in self._weighted.items() if isinstance(layer, Part) and layer.recurrent}
         if not names:
             raise ConfigError(
-                "through_time=False takes the error out of nn.RNN, nn.GRU, nn.LSTM and their cells, of which the model has "
-                "none; leave it out, or write the recurrence with a cell"
+                "through_time=False applies to nn.RNN, nn.GRU, nn.LSTM and their cells, but the model has none; leave "
+                "it out, or write the recurrence with a cell"
             )
         return names
 
@@ -209,7 +209,7 @@ class EdgeRule(CreditRule):
         site = self._sites[name][1]
         if site.varies and torch.compiler.is_compiling():
             raise UnsupportedModelError(
-                f"layer {name!r} makes its weight anew at every call, which {type(self).__name__} cannot follow under "
+                f"layer {name!r} recomputes its weight at every call, which {type(self).__name__} cannot follow under "
                 "torch.compile; train without torch.compile"
             )
         call = site.call
@@ -409,15 +409,15 @@ class EdgeRule(CreditRule):
         if swap is None:
             if inputs.requires_grad:
                 raise UnsupportedModelError(
-                    f"layer {site.name!r} was taken for the first layer, but its input needs an error; pass first_layer=True"
+                    f"layer {site.name!r} was treated as the first one, but its input needs an error; pass first_layer=True"
                 )
             return site.forward(*args, **kwargs)
         if site.within is not None or not is_affine(site.layer):
             return self._through(site, inputs, len(args) + len(kwargs) == 1, lambda: site.forward(*args, **kwargs))
         if site.own.get("weight", site.weight) is not site.weight:
             raise UnsupportedModelError(
-                f"the model calls layer {site.name!r} with another weight than its own (torch.func.functional_call), which "
-                f"no feedback belongs to; use a layer of its own there, or pass exact=({site.name!r},)"
+                f"the model calls layer {site.name!r} with another weight than its own (torch.func.functional_call), "
+                f"which has no feedback; use a separate layer there, or pass exact=({site.name!r},)"
             )
         swaps = self._may_swap and site.swaps and inputs.requires_grad and "weight" in site.own and not are_tensors_hooked()
         if swaps and (self._one_matrix or self.pathway(site.name, padded_input(site.layer, inputs)) is None):
@@ -437,8 +437,8 @@ class EdgeRule(CreditRule):
         run = through(site.layer) if alone else None
         if not (run or site.within) or (not self._one_matrix and self.pathway(site.name, inputs) is not None):
             raise UnsupportedModelError(
-                f"layer {site.name!r} ({type(site.layer).__name__}) is no affine map, which takes the forward of its type "
-                f"and a weight of its own; put the rest into a module of its own, or pass exact=({site.name!r},)"
+                f"layer {site.name!r} ({type(site.layer).__name__}) is not an affine map with its class's forward method "
+                f"and its own weight; move the rest into a separate module, or pass exact=({site.name!r},)"
             )
         return site.within(call, inputs) if site.within else cast(Any, run)(site.layer, inputs, self._kept(site.name)())
 
@@ -479,8 +479,8 @@ class EdgeRule(CreditRule):
             site.affine, site.options = True, options
         elif not site.probed:
             raise UnsupportedModelError(
-                f"layer {site.name!r} ({type(site.layer).__name__}) must be seen at work before torch.compile: "
-                "call the rule once on a batch without it"
+                f"layer {site.name!r} ({type(site.layer).__name__}) must be seen running before torch.compile: call the "
+                "rule once on a batch without compilation"
             )
 
     def _require_calls(self, loss: Tensor) -> None:

@@ -146,11 +146,11 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alik
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         affine = False
     if not affine:
-        pads = ", and padding or slices of its own," if isinstance(layer, _ConvNd) else ""
+        pads = ", including padding and slices," if isinstance(layer, _ConvNd) else ""
         raise UnsupportedModelError(
-            f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input with the shape of its "
-            f"weight, so no feedback can stand in for it; put what is not affine{pads} into a module of its own, or pass "
-            f"exact={tuple(dict.fromkeys((name, *alike)))!r}"
+            f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input with the shape of "
+            f"its weight, so no feedback can stand in for it; move what is not affine{pads} into a separate module, or "
+            f"pass exact={tuple(dict.fromkeys((name, *alike)))!r}"
         )
 
 
@@ -163,8 +163,9 @@ def require_layout(name: str, layer: nn.Module, feedback: Callable[[str], Tensor
     stored = weight_now(layer).shape
     if geometry(layer) is None and stored[-1] != inputs.shape[-1] and feedback(name).shape[-1] != inputs.shape[-1]:
         raise UnsupportedModelError(
-            f"layer {name!r} ({type(layer).__name__}) stores a weight {tuple(stored)} and takes {inputs.shape[-1]} inputs: "
-            "its attribute `weight` must have the layout (n_out, n_in); make it a property, or put nn.Linear in its place"
+            f"layer {name!r} ({type(layer).__name__}) stores a weight {tuple(stored)} and takes {inputs.shape[-1]} "
+            "inputs: its attribute `weight` must have the layout (n_out, n_in); make it a property, or use nn.Linear "
+            "instead"
         )
 
 

@@ -272,8 +272,8 @@ def refuse_backward_hooks(name: str, module: nn.Module) -> None:
     """
     if _hears_errors(module):
         raise UnsupportedModelError(
-            f"module {name} has a backward hook, and this rule sends no error through the module's output that would call "
-            "it; remove the hook, or use another rule"
+            f"module {name} has a backward hook, which would never run, because this rule sends no error through the "
+            "module's output; remove the hook, or use another rule"
         )
 
 

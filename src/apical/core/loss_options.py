@@ -33,7 +33,7 @@ MANY = 256
 FOUND = {
     "weight": "weighs classes differently",
     "ignore_index": "ignores a class",
-    "label_smoothing": "is least at other outputs than the labels say (smooth labels, a penalty on outputs)",
+    "label_smoothing": "has its minimum at outputs other than the labels (smooth labels, a penalty on outputs)",
 }
 """What a function of the user's does that has the effect of an option."""
 
@@ -59,8 +59,8 @@ def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
                 if option not in FOUND:
                     raise left_out(name, option, "'sum'")
                 raise ConfigError(
-                    f"{name} learns from the labels and not from the loss, which {FOUND[option]}: that would not reach the "
-                    "update; leave it out, or choose a rule that follows the loss"
+                    f"{name} learns from the labels and not from the loss, which {FOUND[option]}: that would have no "
+                    "effect on the update; remove it, or choose a rule that uses the loss"
                 )
 
 

@@ -160,12 +160,13 @@ def left_out(name: str, option: str, value: str) -> ConfigError:
         )
     if option == NUMBERS:
         return ConfigError(
-            f"{name} drives the outputs to targets that are numbers, and this loss is least elsewhere (probabilities of "
-            "classes?); give class labels, or a distance such as mse_loss, or choose a rule that follows the loss"
+            f"{name} drives the outputs to numerical targets, but this loss has its minimum elsewhere (are the targets "
+            "class probabilities?); pass class labels, use a distance such as mse_loss, or choose a rule that uses the "
+            "loss"
         )
     return ConfigError(
-        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would not reach the "
-        "update; leave it out, or choose a rule that follows the loss"
+        f"{name} learns from the labels and not from the loss, so the option {option} of the loss would have no effect "
+        "on the update; remove it, or choose a rule that uses the loss"
     )
 
 
@@ -240,6 +241,6 @@ def wanted(output: Tensor, targets: Tensor) -> Tensor:
         return F.one_hot(targets.long(), output.shape[-1]).to(output.dtype)
     except RuntimeError as error:
         raise ConfigError(
-            f"a label lies outside the {output.shape[-1]} classes of the output; leave samples that the loss ignores out of "
-            "the batch"
+            f"a label lies outside the {output.shape[-1]} classes of the output; remove samples that the loss ignores "
+            "from the batch"
         ) from error

@@ -65,7 +65,7 @@ def critical(phi: Phi, bias_std: float) -> tuple[float, float]:
     slopes = [moments(phi, q)[1] for q in (0.25, 1.0, 4.0)]
     if max(slopes) - min(slopes) <= 1e-12 * max(slopes):
         if not slopes[0]:
-            raise ConfigError("the activation is constant: no weights keep the length of errors")
+            raise ConfigError("the activation is constant: no weight scale preserves the length of errors")
         return 1 / math.sqrt(slopes[0]), 0.0
 
     def bias_variance(q: float) -> float:  # of biases with which pre-activations settle at q, where chi = 1
@@ -76,7 +76,7 @@ def critical(phi: Phi, bias_std: float) -> tuple[float, float]:
     while bias_variance(high) < bias_std**2:
         low, high = high, 2 * high
         if high > 1e6:
-            raise ConfigError(f"no scale of the weights keeps the length of errors with biases of scale {bias_std:g}")
+            raise ConfigError(f"no weight scale preserves the length of errors with biases of scale {bias_std:g}")
     for _ in range(200):
         q = math.sqrt(low * high)
         low, high = (q, high) if bias_variance(q) < bias_std**2 else (low, q)

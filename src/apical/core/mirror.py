@@ -51,6 +51,6 @@ def require_affine(rule: "EdgeRule", name: str) -> None:
     site = rule._sites[name][1] if name in rule._sites else None
     if site is not None and not (rule.is_plain(name) or site.probed):
         raise UnsupportedModelError(
-            f"layer {name!r} ({type(layer).__name__}) does not map noise alone by an affine map, as the weight "
-            f"mirror needs; put what else it does into a module of its own, or pass exact=({name!r},)"
+            f"layer {name!r} ({type(layer).__name__}) is not an affine map of noise alone, as the weight mirror "
+            f"requires; move the rest into a separate module, or pass exact=({name!r},)"
         )

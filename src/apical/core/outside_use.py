@@ -81,7 +81,7 @@ class OutsideUse(TorchFunctionMode):
             raise UnsupportedModelError(
                 f"the model multiplies activities by a parameter that is not among model.parameters() ({self.strange}), "
                 "where the error would pass through the weight itself; register its module (nn.ModuleList in place of a "
-                "list), or give it requires_grad_(False) if it is to stay as it is"
+                "list), or give it requires_grad_(False) if it should stay fixed"
             )
         if not self.found:
             return
@@ -90,7 +90,7 @@ class OutsideUse(TorchFunctionMode):
         if len(exact) > 1:
             whose = f"weights of layers {', '.join(map(repr, exact))} are also used outside the layers"
         raise UnsupportedModelError(
-            f"the {whose}, by {by}, where the error would pass through the weight itself; use a layer of its own there, or "
+            f"the {whose}, by {by}, where the error would pass through the weight itself; use a separate layer there, or "
             f"pass exact={exact!r}"
         )
 
@@ -167,7 +167,7 @@ def refuse_derivatives(function: Any, args: tuple[Any, ...], calls: Mapping[Node
         if node in calls:
             raise UnsupportedModelError(
                 f"the model takes a derivative through layer {calls[node]!r} in its own forward pass "
-                f"({function.__name__}), and what a rule sends down there is none; use Backprop, or "
+                f"({function.__name__}), but what a rule propagates there is not a derivative; use Backprop, or "
                 f"{'FeedbackAlignment with' if has_cuts else 'pass'} exact=({calls[node]!r},)"
             )
         seen.add(node)
@@ -186,8 +186,8 @@ def refuse_mapped(unit: str) -> None:
     """Refuse a unit inside a transform of `torch.func` that the model calls: one call stands there for all samples."""
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedModelError(
-            f"the unit at {unit!r} ends inside a transform of torch.func (vmap, grad), where no signal can be told to "
-            "samples; call the transform's function on the batch itself"
+            f"the unit at {unit!r} ends inside a transform of torch.func (vmap, grad), where signals cannot be assigned "
+            "to samples; call the transform's function on the batch itself"
         )
 
 

@@ -165,7 +165,7 @@ def tried(rule: Any, parts: Sequence[range], inputs: Tensor, targets: Tensor) ->
         found = parameter.grad
         if (found is None) != (wanted is None) or not (found is None or wanted is None or torch.equal(found, wanted)):
             raise UnsupportedModelError(
-                f"parameter {name!r} would learn something else in a pipeline than by {type(rule).__name__} on the whole "
-                "model; train it without"
+                f"parameter {name!r} would learn differently in a pipeline than under {type(rule).__name__} on the whole "
+                "model; train it without a pipeline"
             )
     return sent

@@ -63,22 +63,26 @@ def pipeline(rule: CreditRule, optimizer: Optimizer, workers: int = 2, split: Se
     """
     name = type(rule).__name__
     if not isinstance(rule, Separable):
-        why = "has backward locking: its first layer learns last" if rule.chains_errors else "has no parts that learn apart"
+        why = (
+            "has backward locking: its first layer learns last"
+            if rule.chains_errors
+            else "has no parts that learn independently"
+        )
         raise UnsupportedModelError(
             f"{name} {why}; a pipeline takes CounterCurrentLearning, DirectFeedbackAlignment and LocalClassifiers"
         )
     if type(optimizer).__name__ not in SEPARATE or type(optimizer).__module__.partition(".")[0] != "torch":
         raise ConfigError(
-            f"{type(optimizer).__name__} may look at several parameters at once, which are in different processes; use one "
+            f"{type(optimizer).__name__} may use several parameters together, which are in different processes; use one "
             f"of PyTorch's {', '.join(SEPARATE)}"
         )
     if any(tensor.device.type != "cpu" for tensor in (*rule.parameters(), *rule.buffers())):
         raise UnsupportedModelError(f"the pipeline's processes are on the CPU; move the {name} there")
     odd = next((name for name, module in rule.named_modules() if is_random(module)), None)
     if odd is not None:
-        raise UnsupportedModelError(f"module {odd!r} draws random numbers, in another order in each process; remove it")
+        raise UnsupportedModelError(f"module {odd!r} draws random numbers, in a different order in each process; remove it")
     if workers < 2:
-        raise ConfigError(f"a pipeline has 2 workers or more, not {workers}")
+        raise ConfigError(f"a pipeline needs at least 2 workers, not {workers}")
     return Pipeline(rule, optimizer, workers, split)
 
 

@@ -62,9 +62,9 @@ def matched(errors: Tensor, cut: Cut) -> Tensor:
 
 def _astray(cut: Cut, rows: int) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows} rows, so it "
-        "cannot be told which errors belong to which samples; return (batch, ...) from the model, as the unit does, or, if "
-        "the unit is not made of the batch, list its layers in exact"
+        f"the unit at {cut.name!r} has outputs of shape {tuple(cut.shape)}, and the model's output has {rows} rows, so "
+        "errors cannot be matched to samples; return (batch, ...) from the model, as the unit does, or, if the unit is "
+        "not computed from the batch, list its layers in exact"
     )
 
 

@@ -102,7 +102,7 @@ def _refuse_join() -> None:
     join = getattr(active, "_join_config", None)
     if join is not None and join.enable and not join.throw_on_early_termination:
         raise ConfigError(
-            f"{type(getattr(active, 'module', None)).__name__} sums over processes by itself, in which a process without "
-            "batches takes no part under DistributedDataParallel.join(): give every process as many batches, or pass "
-            "throw_on_early_termination=True to join()"
+            f"{type(getattr(active, 'module', None)).__name__} sums over processes itself, and under "
+            "DistributedDataParallel.join() a process without batches does not take part: give every process the same "
+            "number of batches, or pass throw_on_early_termination=True to join()"
         )

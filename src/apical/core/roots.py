@@ -63,6 +63,6 @@ class NoCreditBehind(torch.autograd.Function):
         if error is not None:
             raise ConfigError(
                 "a loss made of credit.output would not train the layers under this rule, whose credit does not travel "
-                "through the output; put the term into the loss that the rule is given, or use credit.output.detach()"
+                "through the output; add the term to the loss that the rule is given, or use credit.output.detach()"
             )
         return tuple(None for _ in ctx.needs_input_grad)

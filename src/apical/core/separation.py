@@ -355,15 +355,15 @@ class _Search:
             still = [at for at in self.sites if at in self.still and not self.is_spared(at) and at in self.weighted]
             names = tuple(dict.fromkeys(self.sites[at] for at in (site, *still)))
             return UnsupportedModelError(
-                f"{self.sites[site]!r} works on parameters, not on the batch, so no signal can be told to samples there; "
-                f"pass exact={names!r}"
+                f"{self.sites[site]!r} works on parameters, not on the batch, so signals cannot be assigned to samples "
+                f"there; pass exact={names!r}"
             )
         cuts = sorted({base(call.name) for call in self.marks.values()})
         round_ = f"the cuts at {', '.join(map(repr, cuts[:3]))}{' and others' if len(cuts) > 3 else ''}"
         remedy = "detach what goes that way" if mends else "pass units='auto'"
         return UnsupportedModelError(
-            f"the error would reach {self.sites[site]!r} round {round_}, over a residual connection or a skip; "
-            f"{remedy}, or name modules whose outputs all of its paths pass, such as its block: units=('NAME', ...)"
+            f"the error would reach {self.sites[site]!r} around {round_}, through a residual connection or a skip; "
+            f"{remedy}, or name modules that all of its paths pass, such as its block: units=('NAME', ...)"
         )
 
     def result(self, reached: Reached) -> Separation:

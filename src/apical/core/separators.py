@@ -45,7 +45,7 @@ def ends(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], kind: str) -
         made = {call.at for call in trace.calls if call.kind == "module" and call.base.partition(":")[0] in holds}
         groups = {layers: group for layers, group in groups.items() if not made.isdisjoint(group)}
     if not groups and len(weighted) > 1:
-        what = "behind no module that holds layers" if kind == "block" else "nowhere between its layers"
+        what = "after no module that holds layers" if kind == "block" else "nowhere between its layers"
         other = "sublayer" if kind == "block" else "auto"
         raise UnsupportedModelError(f"all errors of the model pass one tensor {what}; pass units={other!r}")
     found = []

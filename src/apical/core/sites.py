@@ -131,7 +131,7 @@ def only_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
     if args:
         raise UnsupportedModelError(
-            f"layer {name!r} was called with {type(args[0]).__name__} in the place of its input; pass its input first"
+            f"layer {name!r} was called with {type(args[0]).__name__} in place of its input; pass its input first"
         )
     if len(tensors) != 1:
         raise UnsupportedModelError(f"layer {name!r} was called with several keyword arguments; pass its input by position")

@@ -185,8 +185,8 @@ class Found:
         changed = [name for name in {**self._layers, **now} if self._layers.get(name) is not now.get(name)]
         if changed:
             raise UnsupportedModelError(
-                f"{enumerated('module', changed, 'was', 'were')} put into the model, or taken out of it, after "
-                f"{rule} was made, which does not know the model as it is now; detach the rule, and make it anew"
+                f"{enumerated('module', changed, 'was', 'were')} added to the model, or removed from it, after {rule} "
+                "was made; detach the rule, and make a new one"
             )
         self._children = self._containers()
 
@@ -206,12 +206,12 @@ class Found:
             elif (first := places.setdefault(id(weight), owner)) != owner:
                 raise UnsupportedModelError(
                     f"layers {self._weights[first][0]!r} and {name!r} share a weight that they did not share when {rule} "
-                    "was made; detach the rule, and make it anew"
+                    "was made; detach the rule, and make a new one"
                 )
         if others:
             raise UnsupportedModelError(
-                f"{enumerated('layer', dict.fromkeys(others), 'has a weight', 'have weights')} of another shape than when "
-                f"{rule} was made; detach the rule, and make it anew"
+                f"{enumerated('layer', dict.fromkeys(others), 'has a weight', 'have weights')} of another shape than "
+                f"when {rule} was made; detach the rule, and make a new one"
             )
 
     def _now(self) -> dict[str, nn.Module]:
@@ -304,8 +304,8 @@ class Faults:
             parts.append(f"{same}; untie them: copy one to its own tensor")
         if self.complex:
             parts.append(
-                f"{enumerated('module', self.complex, 'has', 'have')} complex parameters, and the rules' equations are for "
-                "real ones; keep real and imaginary parts in layers of their own, or train it by backpropagation"
+                f"{enumerated('module', self.complex, 'has', 'have')} complex parameters, but the rules' equations are "
+                "for real ones; keep real and imaginary parts in separate layers, or train it by backpropagation"
             )
         if self.several:
             one = len(self.several) == 1
@@ -323,8 +323,8 @@ class Faults:
             )
         if self.scripted:
             parts.append(
-                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, where this rule sees "
-                "nothing; give the rule the model that was scripted or traced, and compile it after training"
+                f"{enumerated('module', self.scripted, 'is', 'are')} compiled by TorchScript, which this rule cannot see "
+                "into; give the rule the model that was scripted or traced, and compile it after training"
             )
         if self.orphans:
             kinds, one = ", ".join(dict.fromkeys(self.orphans.values())), len(self.orphans) == 1
@@ -343,7 +343,7 @@ class Faults:
                 f", or pass sites={tuple(self.matrices)!r} where its module multiplies activities by it (n_out, n_in)"
             )
         parts += [
-            f"{kind} is a dense layer, so its type can be made known: apical.register_layer({kind})" for kind in self.dense
+            f"{kind} is a dense layer, so its class can be registered: apical.register_layer({kind})" for kind in self.dense
         ]
         raise UnsupportedModelError("; ".join(parts))
 

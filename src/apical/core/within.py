@@ -75,9 +75,9 @@ class Within:
 
     def _refusal(self) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"layer {self.name!r} ({type(self.layer).__name__}) does more in its forward than its weight does, so feedback "
-            "can stand in for the weight only as it is, outside of checkpoints and of hooks on saved tensors; put what else "
-            f"it does into a module of its own, or pass exact=({self.name!r},)"
+            f"layer {self.name!r} ({type(self.layer).__name__}) does more in its forward than apply its weight, so "
+            "feedback can stand in for the weight only outside checkpoints and hooks on saved tensors; move the rest "
+            f"into a separate module, or pass exact=({self.name!r},)"
         )
 
 
@@ -108,7 +108,7 @@ def reads_own_weight(name: str, layer: nn.Module) -> bool:
         return True
     raise UnsupportedModelError(
         f"layer {name!r} ({type(layer).__name__}) computes more than an affine map of its input, and not around its own "
-        "weight, so that the weights of its units are not known; put what is not affine into a module of its own"
+        "weight, so the weights of its units are unknown; move what is not affine into a separate module"
     )
 
 

@@ -88,19 +88,19 @@ def refuse_wrapped(model: object) -> None:
         raise UnsupportedModelError(f"{what} lazy: run one batch through the model before making the rule")
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ConfigError(
-            "a model or rule that is made under torch.inference_mode() has tensors that cannot learn: make both outside"
+            "a model or rule that is made under torch.inference_mode() has tensors that cannot learn: create both outside"
         )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, *_sharders())
     if kind := next((each.__name__ for m in model.modules() for each in wrappers if isinstance(m, each)), None):
         remedy = "fully_shard(rule)" if "FSDP" in kind or "Sharded" in kind else "DistributedDataParallel(rule)"
         raise UnsupportedModelError(
-            f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the rule "
-            f"of the plain model and wrap the rule, {remedy}"
+            f"the model is wrapped in {kind}, which would not share every gradient of a rule among processes: make the "
+            f"rule from the plain model and wrap the rule, {remedy}"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         warnings.warn(
-            "the model is on the meta device, and so is the feedback made for it, which to_empty() leaves undefined: load a "
-            "state dict of the whole rule, or make the rule once the model has numbers",
+            "the model is on the meta device, and so is the feedback made for it, which to_empty() leaves undefined: "
+            "load a state dict of the whole rule, or make the rule once the model has values",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -173,8 +173,8 @@ def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
         return False
     if not rule._uncompiles:
         warnings.warn(
-            "the model is compiled, whole or in parts, and runs uncompiled while the rule learns, which must see its layers "
-            "at work; make the rule of the model as it was, and compile the rule, torch.compile(rule)",
+            "the model is compiled, whole or in parts, and runs uncompiled while the rule learns, which must see its "
+            "layers at work; make the rule from the uncompiled model, and compile the rule, torch.compile(rule)",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -219,8 +219,8 @@ def uncompiled(model: nn.Module, rule: "CreditRule | None" = None) -> AbstractCo
         except RuntimeError:  # where the graph of what is compiled around the rule was broken
             pass
     raise UnsupportedModelError(
-        "the model is compiled, whole or in parts, within a rule or a step that is compiled too: make the rule of the model "
-        "as it was, and compile the rule, torch.compile(rule)"
+        "the model is compiled, whole or in parts, within a rule or a step that is compiled too: make the rule from the "
+        "uncompiled model, and compile the rule, torch.compile(rule)"
     )
 
 

@@ -119,7 +119,7 @@ def channel(
         raise ConfigError(f'a channel needs noise above 0, in "every" layer or at the "end"; got {noise} and {where!r}')
     require_rows("a channel", inputs)
     if not inputs.is_floating_point():
-        raise ConfigError("a channel is measured from inputs that are numbers with a derivative, not indices")
+        raise ConfigError("a channel needs floating-point inputs, not indices")
     with kept_attributes(model):  # also what is drawn
         jacobian, inner = jacobians(model, inputs)
     covariance = None if covariance is None else covariance.double().to(jacobian.device)

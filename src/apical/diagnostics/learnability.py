@@ -98,7 +98,9 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
     """
     name = type(rule).__name__
     if "weight" in innermost(rule)._loss_options:
-        raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: it learns from labels")
+        raise ConfigError(
+            f"{name} has no kernel, because a kernel is computed from updates for arbitrary errors: it learns from labels"
+        )
     names = [name for name, p in rule.model.named_parameters() if p.requires_grad]
     rows = []
     with undisturbed(rule), torch.enable_grad():
@@ -112,7 +114,9 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
             try:
                 rule.accumulate(sample[None], error[None])
             except (ConfigError, UnsupportedModelError) as problem:
-                raise ConfigError(f"{name} has no kernel, which is made of its updates by any error: {problem}") from problem
+                raise ConfigError(
+                    f"{name} has no kernel, because a kernel is computed from updates for arbitrary errors: {problem}"
+                ) from problem
             grads = [learned[n].grad for n in names]
             parts = [learned[n].new_zeros(learned[n].shape) if g is None else g for n, g in zip(names, grads, strict=True)]
             return torch.cat([part.detach().flatten() for part in parts])
@@ -140,7 +144,7 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
     8
     """
     if rule is not None and rule.model is not model:
-        raise ConfigError("the rule is around another model than the one that is measured: give rule.model")
+        raise ConfigError("the rule has another model than the one being measured: pass rule.model")
     require_rows("learnability", inputs)
     require_apart(model)
     with kept_attributes(model):

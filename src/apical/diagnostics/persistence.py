@@ -107,7 +107,7 @@ def deep_graph_persistence(weights: Sequence[Matrix], essential: bool = False) -
     """
     for first, second in pairwise(weights):
         if first.shape[0] != second.shape[1]:
-            raise ConfigError(f"a layer makes {first.shape[0]} numbers and the next one takes {second.shape[1]}")
+            raise ConfigError(f"a layer outputs {first.shape[0]} numbers and the next one expects {second.shape[1]}")
     first, *rest = (layer.T for layer in standardised(weights))
     strength = first
     for layer in rest:

@@ -105,7 +105,7 @@ def check_detach(factory: Factory) -> None:
     rule(inputs, targets).backward()
     model.zero_grad()
     if not torch.equal(model(inputs), before):
-        raise AssertionError("while the rule is attached, the model alone gives another output")
+        raise AssertionError("while the rule is attached, the model alone gives a different output")
     F.cross_entropy(model(inputs), targets).backward()
     attached = gradients(model)
     if rule.detach() is not model:

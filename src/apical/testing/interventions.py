@@ -72,10 +72,12 @@ def check_feedback_reach(trial: Trial) -> str:
         reached = set(trial.far(_with_feedback(trial, rule, {name: changed}), trial.usual))
         below = trial.below(rule.layers[name])
         if stray := sorted(reached - below):
-            raise AssertionError(f"other feedback of layer {name!r} changes {stray[0]!r}, which does not lie below it")
+            raise AssertionError(f"changing the feedback of layer {name!r} changes {stray[0]!r}, which is not below it")
         through = {parameter for parameter in trial.through(rule.layers[name]) if trial.shows(parameter)}
         if through and not reached & through:
-            raise AssertionError(f"other feedback of layer {name!r} changes nothing below it: its error goes another way")
+            raise AssertionError(
+                f"changing the feedback of layer {name!r} changes nothing below it: its error takes another path"
+            )
     return _count(layers, len(rule.layers), "layer")
 
 

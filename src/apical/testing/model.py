@@ -264,14 +264,16 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
         rule.restart()
         rule(inputs, targets)  # whatever is made at the first batch exists from here on
         if trial.usual and not any(bool(grad.any()) for grad in trial.backprop.values()):
-            raise ConfigError("all gradients of the loss are zero on this batch, so nothing can be compared; give another")
+            raise ConfigError(
+                "all gradients of the loss are zero on this batch, so nothing can be compared; pass another batch"
+            )
         report = ModelReport(type(rule).__name__, trial.placement)
         for name, check in CHECKS.items():
             if name in skip:
                 report.skipped[name] = "skipped on request"
                 continue
             if name in BESIDE and trial.strays:
-                report.skipped[name] = "the rule draws random numbers before the model, whose own are then others"
+                report.skipped[name] = "the rule draws random numbers before the model, so the model's own numbers differ"
                 continue
             try:
                 report.passed[name] = check(trial)
