@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from apical import LocalSolve, PredictiveCoding
 from apical.core.losses import squared_error
@@ -792,3 +794,18 @@ def test_a_users_own_residual_model() -> None:
     model, _ = residual_parts()
     x, targets = batch("mlp", 8)
     check_model(PredictiveCoding(model), x, targets, skip={"compiled"})
+
+
+@pytest.mark.parametrize("inference", ["state", "error"])
+def test_operations_are_counted_as_without_the_counter(inference: str) -> None:
+    """PyTorch's counter follows the inputs of modules, and cannot follow leaves."""
+    grads = []
+    for context in (nullcontext(), FlopCounterMode(display=False)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+        rule = PredictiveCoding(model, inference=inference)  # type: ignore[arg-type]
+        with context as counter:
+            rule(torch.rand(5, 4), torch.arange(5) % 3).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+        assert counter is None or counter.get_total_flops() > 0
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -145,8 +145,10 @@ def feed_forward(row: Sequence[Block], x: Tensor, *, through: bool) -> tuple[lis
 
 def called(block: Block, state: Tensor) -> Tensor:
     """`f(s)`; of a copy where the block may change its input: it begins with a module that does, or is a whole module."""
-    may_change = block.layer not in block.modules or getattr(block.modules[0], "inplace", False)
-    return block(state.clone() if may_change else state)
+    if block.layer not in block.modules or getattr(block.modules[0], "inplace", False):
+        return block(state.clone())
+    is_leaf = state.is_leaf and state.requires_grad and not torch.compiler.is_compiling()
+    return block(state.view_as(state) if is_leaf else state)  # PyTorch's trackers of modules cannot follow a leaf
 
 
 def linearised(

@@ -397,9 +397,9 @@ class PredictiveCoding(CreditRule):
             return
         self._rising = True
         warnings.warn(
-            f"inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample in {self.steps} steps: "
-            f"a rate of {self.rate:g} is too large for this network by now; the deeper it is and the larger its "
-            "weights are, the smaller the rate must be",
+            f"{type(self).__name__}: inference has raised the energy from {float(start):.3g} to {float(end):.3g} per sample "
+            f"in {self.steps} steps: a rate of {self.rate:g} is too large for this network by now; deeper networks and "
+            "larger weights need a smaller rate",
             RuntimeWarning,
             stacklevel=5,
         )
