@@ -226,7 +226,7 @@ def test_models_pass_the_checks(name: str) -> None:
     ],
 )
 def test_rules_about_affine_layers_refuse_it_by_name(rule: Callable[[nn.Module], CreditRule]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"layer 'spikes1' \(SpikingLinear\) is no affine map"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 'spikes1' \(SpikingLinear\) is not an affine map"):
         rule(network())
 
 
@@ -237,7 +237,7 @@ def test_a_layer_with_another_forward_is_refused_and_not_guessed() -> None:
 
     assert not is_affine(Delayed(3, 2))
     model = nn.Sequential(FirstSpike(), SpikingLinear(12, 9), Delayed(9, 4), Readout()).double()
-    with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Delayed\) is no affine map"):
+    with pytest.raises(UnsupportedModelError, match=r"layer '2' \(Delayed\) is not an affine map"):
         apical.FeedbackAlignment(model)(*batch())
 
 

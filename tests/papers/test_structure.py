@@ -20,7 +20,7 @@ def test_all_of_backpropagations_gradient_arrives_through_an_isometry() -> None:
     for layers in (10, 50):
         assert depth.arrival("bp", depth.EXACT, layers, 0) == pytest.approx(1, abs=1e-4)
     assert depth.arrival("ccl", depth.EXACT, 50, 0) < 1e-10  # type: ignore[operator]
-    assert "box" in str(depth.arrival("corinfomax", depth.EXACT, 10, 0))
+    assert "range" in str(depth.arrival("corinfomax", depth.EXACT, 10, 0))
 
 
 def test_rules_are_not_asked_beyond_their_depth(monkeypatch: pytest.MonkeyPatch) -> None:

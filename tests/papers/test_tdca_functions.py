@@ -116,7 +116,7 @@ def test_a_study_is_written_and_nothing_is_done_twice(
 
     monkeypatch.setattr(tdca_functions, "together", stopping)
     assert run(tmp_path / "a") == 130
-    assert "continues" in capsys.readouterr().err
+    assert "continue from" in capsys.readouterr().err
     monkeypatch.setattr(tdca_functions, "together", whole)
     assert run(tmp_path / "a") == 0
     assert run(tmp_path / "b") == 0
