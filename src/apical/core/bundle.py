@@ -50,7 +50,7 @@ class Bundle:
         parts: its weights, by their names in the rule.
         feedback: what makes the feedback of a part in the backward pass of this call.
         first: the part that was taken for the first layer, if it is one of these.
-        project: `project(part, block, input, weight, bias)`, one projection of attention with feedback of its own, for
+        project: `project(part, block, input, weight, bias)`, one projection of attention with its own feedback, for
             compiled graphs, in which there is no swap.
     """
 
@@ -192,7 +192,7 @@ class Bundle:
     def _tried(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], feedback: Callable[[str], Callable[[], Tensor]] | None
     ) -> tuple[list[Tensor | None], set[str], set[str]]:
-        """Gradients in a call of its own, of inputs and parameters; the parts that took part, and those that were met.
+        """Return the gradients of inputs and parameters from a separate call, the parts used, and those met.
 
         Of a user's module: no gradients, and without feedback the parts that it applies as (n_in, n_out).
         """

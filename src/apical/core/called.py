@@ -2,7 +2,7 @@
 
 `F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
 `nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random
-numbers of its input's shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: nobody would see
+numbers of its input's shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: no one would see
 the number change.
 """
 
@@ -93,7 +93,7 @@ class Functions(TorchFunctionMode):
 
     Args:
         note: is handed each call.
-        before: modules that were made in an earlier pass, by name, to be taken again; new ones are added.
+        before: modules created in an earlier pass, by name, which are reused; new ones are added.
     """
 
     def __init__(self, note: Callable[[Call], None], before: dict[str, nn.Module] | None = None) -> None:
@@ -107,7 +107,7 @@ class Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Make the call, and hand on its result."""
+        """Make the call and return its result."""
         options = kwargs or {}
         given = args[0] if args and isinstance(args[0], Tensor) else None
         entered = given._version if given is not None else 0
@@ -179,7 +179,7 @@ def module_of(
 
 
 def _has_number(name: str, options: Sequence[Any]) -> bool:
-    """Whether a slope, a bound or the like is given; sizes of pools and dimensions are none."""
+    """Whether a parameter such as a slope or a bound is given; sizes of pools and dimensions do not count."""
     sized = "pool" in name or "softmax" in name
     return not sized and any(isinstance(value, int | float | Tensor) and not isinstance(value, bool) for value in options)
 

@@ -63,7 +63,7 @@ class Listener(Protocol):
 
 
 class Calls(TorchFunctionMode):
-    """While it is switched on, `listener` hears of every call of a PyTorch function on tensors."""
+    """While it is active, `listener` is told of every call of a PyTorch function on tensors."""
 
     def __init__(self, listener: Listener) -> None:
         super().__init__()
@@ -72,6 +72,6 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Make the call, and hand on its result."""
+        """Make the call and return its result."""
         func = traceable(func)
         return self.listener.function(func, args, func(*args, **(kwargs or {})))

@@ -86,7 +86,7 @@ class Stage:
 
     @property
     def bends(self) -> bool:
-        """Whether pooling beside the layer is not linear: its derivative is another at every input."""
+        """Whether pooling next to the layer is non-linear: its derivative differs for every input."""
         return not all(map(is_linear, (*self.before, *self.after)))
 
     def seen(self, rates: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors from one process to another, through shared slots.
 
-What is sent lies in shared memory and is announced through a pipe, whose end tells at once of a process that has died.
+What is sent lies in shared memory and is announced through a pipe, whose end reveals immediately that a process has died.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Processes begun without importing PyTorch anew, which takes seconds each."""
+"""Child processes that start without importing PyTorch again, which takes seconds each."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ def context(*modules: str) -> ForkServerContext | SpawnContext:
     """How child processes begin: on Linux forked from a server that imports PyTorch once, elsewhere each afresh.
 
     A forked process cannot use a GPU that the server has looked at, so they begin afresh where there is one, too. A server
-    keeps the environment variables of its own beginning, so call :func:`adopt` first in a child, and its blocked signals.
+    keeps the environment variables that it started with, so call :func:`adopt` first in a child, and its blocked signals.
 
     Args:
         modules: what the server imports besides PyTorch, if it has not begun.

@@ -20,7 +20,7 @@ from apical.errors import UnsupportedModelError
 KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
 """Modules of Python whose forward methods take one way."""
 FIRST, EVERY = 4, 16
-"""Batches at which a forward method of the user's is looked at: so many at first, then each so many."""
+"""Batches in which a user's forward method is inspected: the first n, then every n-th."""
 LONG = 64
 """Entries from which on a container is a table, such as a vocabulary or a module of Python, rather than options."""
 _EVERY_MODULES = {*vars(nn.Module()), "forward"}
@@ -32,7 +32,7 @@ def is_written(module: nn.Module) -> bool:
 
 
 def _place(function: Callable[..., Any]) -> str:
-    """The module of Python that a function is written in; of one that was generated, as by torch.fx, there is none."""
+    """Return the Python module in which a function is written; None for a generated one, as by torch.fx."""
     return function.__module__ or ""
 
 
@@ -60,7 +60,7 @@ class Containers:
         """Run the model where a container computes what it did not, or may, and compare.
 
         At each batch where one has hooks, another forward or other children; where its forward is the user's, when an
-        attribute has changed, at the first batches and now and then, for a look costs two forward passes.
+        attribute has changed, in the first batches and periodically, because an inspection costs two forward passes.
 
         Args:
             inputs: (batch, ...).
@@ -104,7 +104,7 @@ class Containers:
                 module.training = mode
             output = self.model(inputs.clone())
         fits = isinstance(output, Tensor) and output.shape == expected.shape
-        if fits and compiling:  # the graph is for this choice of attributes; another one is compiled anew, and stops here
+        if fits and compiling:  # the graph is for this choice of attributes; another one is compiled again, and stops here
             torch._assert_async(_close(output, expected), message)
         elif not (fits and bool(_close(output, expected))):
             raise UnsupportedModelError(message)
@@ -117,7 +117,7 @@ class Containers:
         try:
             return own(inputs.clone())
         except RuntimeError as error:
-            self.model(inputs.clone())  # which has an error of its own if it cannot take them either
+            self.model(inputs.clone())  # which raises its own error if it cannot take them either
             raise UnsupportedModelError(f"{message} ({error})") from error
 
     def _attributes(self) -> list[dict[str, object]]:

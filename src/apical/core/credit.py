@@ -123,7 +123,7 @@ class Credit:
         torch.autograd.backward(list(self.roots), list(self.signals), retain_graph)
 
     def _let_go(self) -> None:
-        """One root for all parameters, whose gradients are held by nobody else then, so that `.grad` needs no copy."""
+        """One root for all parameters; nothing else then holds their gradients, so `.grad` needs no copy."""
         if self._root is not None and self._root._backward_hooks:  # of somebody who waits for the loss, as fully_shard does
             self.roots, self.signals = [self._root], [None]
         pairs = list(zip(self.roots, self.signals, strict=True))
@@ -212,14 +212,14 @@ class CreditRule(nn.Module):
         loss: maps (output, targets) to a scalar batch mean.
 
     Attributes:
-        feed_forward: the network's answer is the model's feed-forward pass; else the rule has a :meth:`answer` of its own.
+        feed_forward: the network's answer is the model's feed-forward pass; otherwise the rule has its own :meth:`answer`.
         output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
             read other activities of the model; such losses are refused at the first batch.
         chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
         sees_layers: compiled parts of the model run as they were written while the rule learns.
-        random_per_sample: each sample has random numbers of its own: a batch twice, or on two processes, is another draw.
+        random_per_sample: each sample has its own random numbers: repeating a batch, or splitting it, is another draw.
         repeats: calls that a training loop makes for each batch, each before a step of the optimiser.
-        two_phase: the rule can learn its feedback weights in passes of their own, when `phase` says so.
+        two_phase: the rule can learn its feedback weights in separate passes, when `phase` says so.
         phase: what the next calls of a `two_phase` rule learn. With "both" one call gives the gradients of forward and
             feedback weights; with "forward" or "feedback" those alone, and neither `output` nor `loss` of the credit may
             lead by its graph to the others (several processes wait for every gradient that the graph promises).
@@ -243,7 +243,7 @@ class CreditRule(nn.Module):
     _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
     _held: Any = None  # of a batch between its calls
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
-    _unmoved: int = 0  # looks at which the model's weights had moved, the rule's own not; below 0 nobody looks any more
+    _unmoved: int = 0  # checks in which the model's weights had moved but the rule's own had not; below 0 checks have ended
     _looks: Sequence[Any] = (0,)  # how many there were, and what they saw
     _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
     _made_for: tuple[nn.Module, ...] = ()  # the model, in what is no module
@@ -445,7 +445,7 @@ class CreditRule(nn.Module):
 
     @property
     def learns_apart(self) -> bool:
-        """Whether there are feedback weights that can learn in passes of their own."""
+        """Whether there are feedback weights that can learn in separate passes."""
         return self.two_phase and any(parameter.requires_grad for parameter in self.feedback_parameters())
 
     def require_attached(self) -> None:

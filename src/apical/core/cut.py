@@ -2,7 +2,7 @@
 
 A unit is what lies between two cuts: a weighted layer with its normalisation, the residual sum and the activation at
 whose output the unit ends. The next unit reads that output detached, so no error crosses a cut; one backward pass from all
-unit outputs at once, each with its own signal, then makes every unit's local gradient. :mod:`apical.core.separation` finds
+unit outputs together, each with its own signal, then makes every unit's local gradient. :mod:`apical.core.separation` finds
 the cuts, and makes sure that no error goes round them.
 """
 
@@ -111,7 +111,7 @@ class CutRule(CreditRule):
         self._cutting = Cutting(model, self._whole, where == "input")
         self._cutting.exact = frozenset(exact)
         self._hooks = self._cutting.hooks
-        # attributes of the rule, so that whoever puts hooks back as they were puts these back too
+        # attributes of the rule, so that code that restores hooks restores these too
         self._points, self._bases = self._cutting.points, self._cutting.bases
         self._inside, self._listens = self._cutting.inside, self._cutting.heard
         weakref.finalize(self, _remove, self._hooks)
@@ -305,7 +305,7 @@ class CutRule(CreditRule):
 
     @eagerly
     def _verify_cuts(self, inputs: Tensor) -> None:
-        """Cut once outside of a graph that is being compiled, in which nobody sees errors go round the cuts."""
+        """Cut once outside of a graph that is being compiled, where errors that bypass the cuts go unseen."""
         with undisturbed(self.model):
             self._retried(inputs, *self._cut_pass(inputs, False), False)
 
@@ -324,7 +324,7 @@ class CutRule(CreditRule):
         """The pass itself, if its cuts turn out to be right, or another one with further cuts.
 
         Raises:
-            UnsupportedModelError: each pass takes a path of its own.
+            UnsupportedModelError: each pass takes a different path.
         """
         if takes_signals:  # as the caller is compiled, which this method is not
             known = [] if self._separation is None else self._separation.units

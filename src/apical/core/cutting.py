@@ -1,6 +1,6 @@
 """What a rule with cuts hangs on a model: hooks that end a unit at an activation's output, and what they see in one pass.
 
-Hooks know a :class:`Cutting`, not the rule, so that a rule that nobody holds any more vanishes, and its hooks with it.
+Hooks know a :class:`Cutting`, not the rule, so that a rule without references is freed together with its hooks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,7 +71,7 @@ class Cutting:
         bases: names of function calls among the points, without "#k".
         inside: names of activation calls within a unit, where there is no cut.
         tail: names of activation calls behind the last weighted layer.
-        beside: those of them that some layer was called after, with that layer: it leads to another output.
+        beside: those after which some layer was called, with that layer: it leads to another output.
         skips_activations: units end at the points only.
         heard: "functions", once some cut is at a function's call.
         moves_rows: whether rows of some unit are not those of the batch.
@@ -174,7 +174,7 @@ class Cutting:
         return output, now
 
     def trace(self, inputs: Any) -> tuple[Any, "Trace"]:
-        """The model's output, from a pass without cuts of which everything is noted.
+        """Return the model's output from a pass without cuts in which everything is recorded.
 
         Inputs of real numbers require a gradient in it, so that the graph is whole where layers are frozen.
         """
@@ -206,7 +206,7 @@ class Pass:
         sites: each call of a weighted layer, and its output in the graph.
         cuts: the units that ended.
         calls_of: the number of the call of a weighted layer that made a vertex.
-        lasting: the vertex that stands for a site once its output, a view, was changed in place.
+        lasting: the vertex that represents a site after its output, a view, was changed in place.
     """
 
     def __init__(self, cutting: Cutting, plain: bool = False) -> None:
@@ -265,7 +265,7 @@ class Pass:
                 self.sites.append((name, at))
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
-        """Cut at an activation's output, unless it has no unit of its own. `inputs` is what it is given."""
+        """Cut at an activation's output, unless it has no separate unit. `inputs` is what it is given."""
         if self.near is None or self.cutting.skips_activations:
             self.events.append(f"~{name}")
             return None
@@ -342,7 +342,7 @@ class Pass:
         root = hidden
         if in_place and hidden.requires_grad and hidden._base is not None:
             self.on_view, in_place = self.on_view or name, False
-        ends = in_place and hidden.requires_grad  # for whoever holds the tensor that was changed in place
+        ends = in_place and hidden.requires_grad  # for code that holds the tensor that was changed in place
         if not self.plain:
             root = cast(Any, TeachingSignal).apply(hidden, self.teacher, len(self.cuts))
         elif ends:
@@ -367,7 +367,7 @@ class Pass:
 
 
 class Trace(Pass):
-    """A forward pass without cuts of which every call is noted.
+    """A forward pass without cuts in which every call is recorded.
 
     Attributes:
         calls: in order.

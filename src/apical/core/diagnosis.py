@@ -26,7 +26,7 @@ SLIGHT = 1e-6
 """By how much a weight of the model may move while rounding keeps one of the rule's own, up to about ten, where it is."""
 
 OFTEN = 16
-"""Batches of which each is looked at for that; then only the 32nd, the 64th and so on."""
+"""Number of first batches that are all checked for that; afterwards only the 32nd, the 64th and so on."""
 
 
 def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
@@ -226,7 +226,7 @@ def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
 
 
 def _leads(root: Node | None, end: Tensor) -> bool:
-    """Whether a graph leads to a tensor, which is a leaf or has a graph of its own."""
+    """Whether a graph leads to a tensor, which is a leaf or has its own graph."""
     waiting, seen = [root], set[Node]()
     while waiting:
         node = waiting.pop()
@@ -313,7 +313,7 @@ def look_at_optimizer(rule: CreditRule) -> None:
 
 
 def _own_parameters(rule: CreditRule) -> list[Tensor]:
-    """What learns beside the model."""
+    """Return what learns in addition to the model."""
     known = {id(parameter) for parameter in rule.model.parameters()}
     return [p for p in rule.parameters() if p.requires_grad and p.numel() and id(p) not in known]
 

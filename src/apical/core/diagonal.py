@@ -19,7 +19,7 @@ _known: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 
 
 def diagonal_kind(module: nn.Module) -> Kind:
-    """What a module of a user is, whose parameters are vectors alone, each number of which acts on its own unit alone.
+    """A user's module whose parameters are all vectors, each number of which acts only on its own unit.
 
     "norm" where the output does not depend on the size of the input, else "gain"; "" for any other module.
 

@@ -1,6 +1,6 @@
 """`phi(v + d) - phi(v)` of single activations, without cancellation: (activation, v, r, d) -> of v's shape, `r = phi(v)`.
 
-Control signals are small beside the potentials they act on. Taken as a difference of two rates, their effect loses four
+Control signals are small compared to potentials they act on. Taken as a difference of two rates, their effect loses four
 digits in float32 and more; the identities here keep them all.
 """
 
@@ -132,7 +132,7 @@ def _(activation: nn.GELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
 
 
 def _clip_difference(v: Tensor, d: Tensor, low: float, high: float) -> Tensor:
-    """Of `c = clip(v, low, high)`: how much of d, beside what v lies outside by, falls inside."""
+    """Of `c = clip(v, low, high)`: how much of d, after the distance of v from the interval, falls inside."""
     c = v.clamp(low, high)
     return (v - c).add_(d).clamp_(low - c, high - c)
 

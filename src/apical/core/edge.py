@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class EdgeRule(CreditRule):
-    """Base of the rules that send the error through feedback of their own, layer by layer (FA, sign symmetry, KP, WM, PFA).
+    """Base of the rules that send the error through their own feedback, layer by layer (FA, sign symmetry, KP, WM, PFA).
 
     Args:
         model: network of Linear and convolution layers of any kind; other modules keep their exact derivative.
@@ -54,14 +54,14 @@ class EdgeRule(CreditRule):
             (`F.linear(x, self.weight)`); there too the error goes back through feedback. The module may use them in no
             other way.
         through_time: whether recurrent weights of PyTorch's recurrent modules lead the error to earlier moments; if not,
-            their feedback is zero, and all else is as ever. An LSTM then learns by e-prop, and a leaky network by RFLO.
+            their feedback is zero, and all else is unchanged. An LSTM then learns by e-prop, and a leaky network by RFLO.
 
     Raises:
         UnsupportedModelError: see :func:`apical.core.units.weighted_layers`.
     """
 
     chains_errors = True
-    renews: bool = False  # every call has feedback of its own
+    renews: bool = False  # every call has its own feedback
     fault_of = fault_of
 
     def __init__(
@@ -368,7 +368,7 @@ class EdgeRule(CreditRule):
         return sent(self.feedback_of(name), delta, error)
 
     def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
-        """For :meth:`apical.core.plain_chain.PlainChain.credit`; now and then the general path looks at everything again."""
+        """For :meth:`apical.core.plain_chain.PlainChain.credit`; the general path periodically checks everything again."""
         passes = self._passes + 1
         if passes & (passes - 1) == 0 or not self.goes_by_weights():
             return None
@@ -382,7 +382,7 @@ class EdgeRule(CreditRule):
         return [partial(sent, self.feedback_of(stage.name)) for stage in self._plain_chain().stages[1:]]
 
     def _weights_in(self, substitutes: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each layer's weight parameter, or what stands in for it; and matrices of local modules, such as embeddings."""
+        """Each layer's weight parameter, or what replaces it; and matrices of local modules, such as embeddings."""
         own = {name: layer._parameters.get("weight") for name, layer in self._weighted.items()}
         weights = {name: substitutes.get(self.weight_name(name), weight) for name, weight in own.items()}
         for name, module in self.model.named_modules():
@@ -467,7 +467,7 @@ class EdgeRule(CreditRule):
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 
     def _require_affine(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> None:
-        """Verify that an edge stands for the layer's backward map: once, and when an option of the layer is another."""
+        """Verify that an edge represents the layer's backward map: once, and when an option of the layer has changed."""
         compiling = torch.compiler.is_compiling()
         options = None if site.plain or compiling else options_of(site.layer)
         if (site.affine and options in (None, site.options)) or inputs.numel() == 0:

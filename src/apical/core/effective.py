@@ -119,7 +119,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alik
         layer: the layer; random numbers and buffers are left as they were.
         call: its forward pass.
         inputs: what it was called with, not empty.
-        alike: names of layers of its type of which the same is to be expected.
+        alike: names of layers of its type that are expected to behave in the same way.
 
     Raises:
         UnsupportedModelError: it is not.
@@ -129,7 +129,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alik
     delta, exact = cast(Any, None), cast(Any, None)
     with unchanged(layer, inputs.device), torch.enable_grad():
         with seen:
-            output = call(leaf)  # what the model itself gets wrong is none of ours
+            output = call(leaf)  # an error of the model itself is not handled here
         with suppress(RuntimeError, ValueError, TypeError, AttributeError):  # with the weight that the call has left
             delta = torch.randn(output.shape, generator=generator, device="cpu").to(output).requires_grad_()
             exact = torch.autograd.grad(output, leaf, delta)[0]

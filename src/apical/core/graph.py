@@ -2,7 +2,7 @@
 
 A vertex is an output of an autograd node. A *site* is a use of weights: the output of a layer's call, or the vertex at which
 another parameter enters. A *mark* is a vertex at which the graph is cut, or will be: the unit that ends there starts a
-backward pass of its own, and nothing comes through from above. The root is the model's output.
+separate backward pass, and nothing passes from above. The root is the model's output.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +23,7 @@ SEVERED = "_SeverBackward"
 
 
 def vertex(tensor: Tensor) -> Vertex | None:
-    """Where the tensor stands in the graph; None for one without a past."""
+    """Return the tensor's place in the graph; None if it has no history."""
     return None if tensor.grad_fn is None else (tensor.grad_fn, tensor.output_nr)
 
 
@@ -35,7 +35,7 @@ def lasting(tensor: Tensor) -> Vertex | None:
 
 
 def reshapes(at: Vertex | None) -> Iterator[Vertex]:
-    """The vertex, and those of which it is another shape, as long as autograd says so."""
+    """Return the vertex and those that it is a view of, as far as autograd knows."""
     while at is not None:
         yield at
         below = at[0].next_functions
@@ -146,7 +146,7 @@ class Graph:
             weighted: those of them that count for the value.
 
         Returns:
-            For each separator, the weighted sites below it, as bits; not those below which there are none.
+            For each separator, the weighted sites below it, as bits; separators without such sites are left out.
         """
         bits = {site: 1 << number for number, site in enumerate(sites)}
         counted = sum(bits[site] for site in weighted)
@@ -238,7 +238,7 @@ class Reached:
         return Reach(frozenset(self.marks[i] for i in _bits(self.direct[site])), self.merged[site])
 
     def leaks(self, site: Vertex) -> bool:
-        """Whether an error arrives round a cut: from two units, one of which is above the other.
+        """Whether an error bypasses a cut: it arrives from two units, one above the other.
 
         What is itself an output of the model, and read inside too (the mean of a variational autoencoder), may have both
         errors: the loss's own at this output has passed nothing.

@@ -65,7 +65,7 @@ class Wrapped:
         """Refuse to work where something else has taken the wrapper's place, or that of the forward which a rule knows.
 
         Raises:
-            ConfigError: somebody gave the layer another forward method, or class, after the rule was made.
+            ConfigError: the layer was given another forward method or class after the rule was made.
         """
         if self.layer.__dict__.get("forward") is not self or self.own() is not forward:
             raise ConfigError(

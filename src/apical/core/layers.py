@@ -232,7 +232,7 @@ def is_own(module: nn.Module) -> bool:
 
 
 def runs_own_forward(module: nn.Module, forward: Callable[..., Any] | None = None) -> bool:
-    """Whether a module runs `forward`, by default that of its nearest type in PyTorch or here: nobody has overridden it.
+    """Whether a module runs `forward`, by default that of its nearest class in PyTorch or here, not overridden.
 
     A forward that a rule put on the instance (it has an attribute `before`, what stood there) does not count.
     """
@@ -283,7 +283,7 @@ def _hears_errors(module: nn.Module) -> bool:
 
 
 def has_global_hook() -> bool:
-    """Whether somebody hears all modules; PyTorch 2.6 does not tell by itself."""
+    """Whether global module hooks exist; PyTorch 2.6 has no function for that."""
     forward = every._global_forward_hooks or every._global_forward_pre_hooks
     return bool(forward or every._global_backward_hooks or every._global_backward_pre_hooks)
 

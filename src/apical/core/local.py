@@ -58,7 +58,7 @@ def local_roots(
 
 
 def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[torch.nn.Parameter]) -> list[Root]:
-    """What one block learns from signals at its outputs, as gradients of its parameters; its graph is freed at once.
+    """What one block learns from signals at its outputs, as gradients of its parameters; its graph is freed immediately.
 
     A rule whose blocks hand no error to each other so holds the activities of one block at a time. A compiled graph keeps
     them all: there the outputs themselves are the roots, and so they are where a hook waits for a parameter's gradient,
@@ -84,7 +84,7 @@ def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[to
 def _half_scale(signals: Sequence[Tensor]) -> Tensor:
     """A power of two for signals in float16, too small there else: sums of their sizes over the batch become 1 at most.
 
-    A loss that the user scales comes too late for gradients that are made at once.
+    Scaling the loss later has no effect on gradients that are computed immediately.
     """
     most = torch.stack([signal.float().abs().flatten(1).sum(0).max() for signal in signals]).max()
     return torch.exp2(-most.clamp_min(2.0**-100).log2().ceil())

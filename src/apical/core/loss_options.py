@@ -65,10 +65,10 @@ def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
 
 
 def require_known(loss: Loss) -> None:
-    """Refuse a loss of which only a batch could tell what it does, where a graph is being compiled.
+    """Refuse, while a graph is being compiled, a loss whose behaviour only a batch can show.
 
     Raises:
-        ConfigError: it is none of PyTorch's or apical's, which see outputs and targets alone.
+        ConfigError: it is not one of PyTorch's or apical's, which depend on outputs and targets alone.
     """
     function: Any = getattr(loss, "func", loss)
     places = getattr(function, "__module__", None), type(function).__module__

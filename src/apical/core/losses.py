@@ -1,4 +1,4 @@
-"""Losses: what PyTorch does not have in this form, their error at the output, and the terms they hold beside it.
+"""Losses: what PyTorch does not have in this form, their error at the output, and their other terms.
 
 A loss may hold more than a distance of output and targets: a penalty on weights, a temperature that is learned. Rules that
 differentiate the loss at the output only take such terms as a further root of the credit, so that the parameters in them get
@@ -110,7 +110,7 @@ def value_at(loss: Loss, output: Any, targets: Tensor) -> Tensor:
 
 
 def terms(value: Tensor) -> list[Root]:
-    """The loss as a root for the parameters in it; none where it has none. `value`: see :func:`output_error`."""
+    """Return the loss as a root for the parameters in it; nothing if it has none. `value`: see :func:`output_error`."""
     return [(value, None)] if value.requires_grad else []
 
 

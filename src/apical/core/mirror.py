@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from apical.core.edge import EdgeRule
 
 CHUNK = 2**22
-"""Numbers of noise that are held at once."""
+"""Number of noise values held at the same time."""
 
 
 def mirror(weight: Tensor, noise: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random numbers of a rule: from its own generator, or from PyTorch's global state where it has none."""
+"""Random numbers of a rule: from its own generator, or from PyTorch's global state if it has none."""
 
 from collections.abc import Callable, Sequence
 

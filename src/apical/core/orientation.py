@@ -1,4 +1,4 @@
-"""Which axis of a matrix its module sums over: feedback stands in for a matrix (n_out, n_in)."""
+"""Which axis of a matrix its module sums over: feedback replaces a matrix (n_out, n_in)."""
 
 from collections.abc import Iterable
 

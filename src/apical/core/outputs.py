@@ -1,4 +1,4 @@
-"""Models with several outputs: dictionaries, tuples and lists of tensors, of which the loss reads some.
+"""Models with several outputs: dictionaries, tuples and lists of tensors, some of which the loss reads.
 
 The output error of such a model is that of all outputs that the loss reads, side by side: each of them learns by its own
 error, and hidden units hear all.

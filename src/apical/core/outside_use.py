@@ -36,7 +36,7 @@ class OutsideUse(TorchFunctionMode):
         self.own = {id(parameter) for parameter in model.parameters()}
         self.strange: str | None = None  # a product with a parameter that is not among these
         self.found: dict[str, str] = {}  # layers, and the first function that used their weight outside
-        self.made = {id(weight): (name, weight) for name, weight in weights.items()}  # weights, and what is made of them
+        self.made = {id(weight): (name, weight) for name, weight in weights.items()}  # weights and their functions
         self.calls: dict[Node, str] = {}  # of layers, by what made their output
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:

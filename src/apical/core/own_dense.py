@@ -1,4 +1,4 @@
-"""Dense layers that a user wrote, known by trying: what to tell whoever has one that is not registered."""
+"""Dense layers that a user wrote, recognised by trying them: the advice for one that is not registered."""
 
 import copy
 

@@ -1,7 +1,7 @@
 """Modules that hold several weights and apply them within one call: attention, recurrent networks, a user's own.
 
 Each weight is a :class:`Part`, which stands where rules expect a layer. A matrix whose rows are several populations
-(queries, keys and values; gates) has as many row blocks, each of which has the random law of a layer of its own, so that a
+(queries, keys and values; gates) has as many row blocks, each initialised as a separate layer, so that a
 fused and a separate parametrisation are the same rule.
 """
 
@@ -43,7 +43,7 @@ class Part:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, or what stands in for it now."""
+        """Return the parameter, or what replaces it now."""
         weight: nn.Parameter = getattr(self.module, self.parameter)
         return weight
 
@@ -72,7 +72,7 @@ def caller(layer: Any) -> nn.Module:
 
 
 def refuse_compiled(rule: str, names: Collection[str]) -> None:
-    """Refuse recurrent modules in a compiled graph, of which PyTorch's compiler takes none.
+    """Refuse recurrent modules in a compiled graph; PyTorch's compiler supports none.
 
     Without `fullgraph=True` the compiler leaves this part of the rule uncompiled.
 
@@ -133,7 +133,7 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that a packed module itself may have; any other is somebody's addition."""
+    """Names of the parameters that a packed module itself may have; any other was added."""
     if isinstance(module, nn.MultiheadAttention):
         return [*(f"{kind}_proj_weight" for kind in ("in", "q", "k", "v")), "in_proj_bias", "bias_k", "bias_v"]
     if isinstance(module, RNNBase):
@@ -169,7 +169,7 @@ def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
         if weight.dim() != 2:
             raise ConfigError(f"sites names {name!r}, which is no matrix (n_out, n_in) but has shape {tuple(weight.shape)}")
         while isinstance(called := model.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
-            owner = owner.rpartition(".")[0]  # nobody calls these
+            owner = owner.rpartition(".")[0]  # these are never called
         parts[name] = Part(module, parameter, called)
     return parts
 

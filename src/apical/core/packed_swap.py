@@ -29,7 +29,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
             pass first asks for it.
 
     Attributes:
-        met: names of the parts of which autograd has kept anything in the last call.
+        met: names of the parts for which autograd has saved anything in the last call.
     """
 
     def __init__(self, feedback: Callable[[str], Callable[[], Tensor]]) -> None:

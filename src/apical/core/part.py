@@ -1,6 +1,6 @@
 """Parts of a row of blocks, for rules without backward locking: each part learns a batch from what its neighbours hand it.
 
-Activities go up as soon as a part has made them. What comes down (codes, the output's error) is no error that has passed
+Activities go up as soon as a part has computed them. What comes down (codes, the output's error) is not an error that passed
 a layer above, so a part need not wait until the layers above have learned.
 """
 
@@ -151,7 +151,7 @@ def divided(costs: Sequence[int], workers: int, split: Sequence[int] | None = No
 
 
 def tried(rule: Any, parts: Sequence[range], inputs: Tensor, targets: Tensor) -> list[list[list[Tensor]]]:
-    """What the parts hand on for a batch, see :func:`learn_in_threads`.
+    """Return what the parts pass on for a batch, see :func:`learn_in_threads`.
 
     Raises:
         UnsupportedModelError: a parameter's gradient is not that of the whole rule.

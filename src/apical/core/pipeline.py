@@ -1,4 +1,4 @@
-"""`apical.pipeline`: train a chain on several processes at once, by rules without backward locking.
+"""`apical.pipeline`: train a chain on several processes in parallel, by rules without backward locking.
 
     part 2      learn t-1      learn t        learn t+1      the upper blocks, from what part 1 made
     part 1      learn t        learn t+1      learn t+2      the lower blocks, from the inputs
@@ -37,7 +37,7 @@ PATIENCE = 30.0
 
 
 def pipeline(rule: CreditRule, optimizer: Optimizer, workers: int = 2, split: Sequence[int] | None = None) -> "Pipeline":
-    """Train a chain on several processes at once, by a rule without backward locking; bit for bit as in one.
+    """Train a chain on several processes in parallel, by a rule without backward locking; bit for bit as in one.
 
     Calling what is returned learns a batch. Leave the `with` block, or call its `wait()`, before anything reads the weights.
     The first batch is the largest; it is tried in parts and as a whole, whose gradients must be equal bits. A script needs
@@ -232,7 +232,7 @@ class Pipeline:
 def serve(
     rule: Any, optimizer: Optimizer, part: Part, orders: Channel, reports: Connection, threads: int, dtype: torch.dtype
 ) -> None:
-    """Learn a part of every batch that is ordered, in a process of its own, until the orders' pipe is closed."""
+    """Learn a part of every requested batch in a separate process until the request pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

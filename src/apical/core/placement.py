@@ -182,7 +182,7 @@ def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
-    """Each module that has parameters of its own, by name."""
+    """Return each module that holds parameters itself, by name."""
     modules = {}
     for name, module in model.named_modules():
         own = {} if "parametrizations" in name.split(".") else _own_parameters(module)
@@ -192,7 +192,7 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, nn.Parame
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a module by name, the weight first; those behind a parametrisation count as the module's."""
+    """Parameters of a module by name, the weight first; those of a parametrisation count as the module's."""
     own = dict(module.named_parameters(recurse=False))
     if "parametrizations" in module._modules:
         own |= dict(module.get_submodule("parametrizations").named_parameters())

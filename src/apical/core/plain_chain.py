@@ -1,7 +1,7 @@
 """A plain chain by hand: both passes of dense layers and activations as one node of autograd's graph.
 
 In small layers the nodes that autograd makes, and what a rule does at each layer's call, take longer than the products. A
-model that is an `nn.Sequential` of `nn.Linear` and activations, on which nobody has changed or hooked anything, is run here
+model that is an `nn.Sequential` of `nn.Linear` and activations, without changes or hooks, is run here
 by the same products in the same order: outputs and gradients have the same bits as on the general path, which takes all
 else, and the first batches of these models too.
 """
@@ -42,7 +42,7 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 
 
 def _functions() -> tuple[object, ...]:
-    """What the modules' forward methods come to, and calls of modules; somebody may have put others in their place."""
+    """The modules' forward methods and module calls, which other code may have replaced."""
     return F.linear, F.relu, torch.tanh, torch.sigmoid, nn.Module.__call__
 
 
@@ -53,11 +53,11 @@ _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_gra
 WAYS = frozenset(
     ("forward", "run", "signal", "feedback_of", "feedback_weight", "send", "pathway", "call_layer", "prepare", "substitutes")
 )
-"""Methods of rules that somebody may replace, on an object or on its class."""
+"""Methods of rules that other code may replace, on an object or on its class."""
 
 
 class Stage(NamedTuple):
-    """A layer and the activation behind it, of which the last layer has none."""
+    """A layer and the activation after it; the last layer has none."""
 
     name: str
     layer: nn.Linear
@@ -115,7 +115,7 @@ class ByHand(torch.autograd.Function):
 class PlainChain:
     """A model of dense layers, and whether it is still what it was when it was looked at.
 
-    A copy of a rule, or a pickle, has none, and looks at its own model.
+    A copied or unpickled rule has none, and inspects its own model.
 
     Args:
         rule: its model is of any kind; `nn.Flatten` may come first in a plain one, and layers in further `nn.Sequential`s.
@@ -165,7 +165,7 @@ class PlainChain:
         return stages
 
     def _is_intact(self) -> bool:
-        """Whether modules, their types and their forward methods are the same, and nobody else has hooks on them."""
+        """Whether modules, their classes and forward methods are unchanged and have no other hooks."""
         for module, own, kind, forward in self._modules:
             if own["_backward_hooks"] or own["_backward_pre_hooks"] or own.get("forward") is not forward:
                 return False
@@ -223,7 +223,7 @@ class PlainChain:
         return cast(Tensor, cast(Any, ByHand).apply(x, self.stages, senders, watched, *parameters))
 
     def note(self, rule: CreditRule, targets: object) -> bool:
-        """Whether the rule may take batches with such targets by hand from here on: the general path has met them before."""
+        """Whether the rule may process batches with such targets by hand: the general path has seen them before."""
         self.loss, self.numbers = rule.loss, isinstance(targets, Tensor) and targets.is_floating_point()
         met = any(loss is self.loss and numbers is self.numbers for loss, numbers in rule._kinds)
         return bool(self.stages) and met and rule._unmoved < 0

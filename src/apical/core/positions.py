@@ -1,12 +1,12 @@
-"""Answers at many places: which errors a unit hears that has places itself (pixels, tokens, moments), or has none.
+"""Answers at many places: which errors reach a unit with places (pixels, tokens, moments), or without.
 
-The error is brought into the order (batch, places, outputs), what a unit hears is (batch, places, channels), and
+The error is brought into the order (batch, places, outputs), what a unit receives is (batch, places, channels), and
 
-    same places            each place hears its own error
-    places within places   each of n pixels of a moment hears 1/n of the moment's error
-    one answer per sample  each of n places hears 1/n of it, as behind mean pooling
-    other places           each of n places hears 1/n of the sum over the answer's places
-    other axes, same rows  (time * batch, ...) beside (time, batch, ...): row for row
+    same places            each place receives its own error
+    places within places   each of n pixels of a moment receives 1/n of the moment's error
+    one answer per sample  each of n places receives 1/n of it, as below mean pooling
+    other places           each of n places receives 1/n of the sum over the answer's places
+    other axes, same rows  (time * batch, ...) and (time, batch, ...): row for row
 """
 
 import torch
@@ -38,7 +38,7 @@ def ordered(values: Tensor, axis: int) -> Tensor:
 
 
 def matched(errors: Tensor, cut: Cut) -> Tensor:
-    """What the unit hears of errors (batch, *places, outputs): rows of its own batch and places, or one row per sample.
+    """Return the unit's part of errors (batch, *places, outputs): rows of its own batch and places, or one row per sample.
 
     Returns:
         (batch, *places, outputs) with the unit's batch and places, or (batch, outputs), to be divided among its places.
@@ -83,7 +83,7 @@ def is_routed(errors: Tensor, cut: Cut) -> bool:
 
 
 def neurons(errors: Tensor, cut: Cut) -> int:
-    """How many of the unit's neurons hear one row of errors, where each has a number of its own."""
+    """Return how many of the unit's neurons receive one row of errors, if each is separate."""
     if cut.before < 2:
         return cut.shape[1:].numel()
     axis = (0 if cut.rows is None else cut.rows[0]) if is_routed(errors, cut) else matched(errors, cut).dim() - 2
@@ -115,7 +115,7 @@ def _samples(labels: Labels | None, shape: list[int], like: Tensor) -> Tensor:
 def routed(values: Tensor, cut: Cut) -> Tensor:
     """The signal of the unit's shape from values (batch, *places, channels or neurons) by the samples of its rows.
 
-    Each of the n places and rows that a sample has in the unit hears 1/n of the sum over the sample's answers.
+    Each of the n places and rows that a sample has in the unit receives 1/n of the sum over the sample's answers.
     """
     axis, owners = cut.rows or (0, torch.arange(cut.shape[0], device=values.device))
     owners = owners.long()

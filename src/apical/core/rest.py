@@ -78,7 +78,7 @@ def kept_attributes(*modules: nn.Module, loss: Callable[..., Any] | None = None,
 
     Args:
         modules: a model, but no rule, which may keep what belongs to what it put into the model.
-        loss: of which the state is kept, too.
+        loss: whose state is kept, too.
         tensors: False leaves buffers and weights to the caller.
     """
     modules += (loss,) if isinstance(loss, nn.Module) else ()

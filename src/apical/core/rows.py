@@ -42,7 +42,7 @@ Labels = tuple[int, Tensor]
 def uncompiled(model: Callable[[Any], Any], inputs: Any) -> Any:
     """What the model makes of inputs while rows are followed, outside of compiled graphs.
 
-    A compiler goes on with parts of the model after it gave the whole up, and does not make every call under this mode.
+    A compiler continues with parts of the model after giving up on the whole, and does not make every call under this mode.
     """
 
     def run() -> Any:
@@ -58,7 +58,7 @@ class Rows(TorchFunctionMode):
         inputs: (batch, ...), or anything that holds such tensors.
 
     Attributes:
-        labels: of the tensors of which they are known.
+        labels: of the tensors for which they are known.
         made: the tensors that were made of the inputs, so far as functions were seen.
     """
 
@@ -202,7 +202,7 @@ def _numbers(count: int, like: Tensor) -> Tensor:
 
 
 def _is_known(labels: Labels) -> bool:
-    """Whether every row has a sample; those that nobody wrote yet have -1."""
+    """Whether every row has a sample; those not yet written have -1."""
     return not labels[1].numel() or int(labels[1].min()) >= 0
 
 

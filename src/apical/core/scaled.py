@@ -29,7 +29,7 @@ class ScaledLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw W from N(0, 1)."""
-        super().reset_parameters()  # draws as ever, so that a seed gives the same numbers
+        super().reset_parameters()  # draws as before, so that a seed gives the same numbers
         nn.init.normal_(self.weight)
 
     def forward(self, h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where to cut so that every weighted layer hears its own teaching signal, and no error goes round a cut.
+"""Where to cut so that every weighted layer receives its own teaching signal, and no error bypasses a cut.
 
 A model is cut at its activations. That does not part all layers: a residual stream passes activations by, a skip may be
 taken before one, an activation may be a formula of the user's own. From one pass without cuts, autograd's graph tells which
@@ -42,7 +42,7 @@ class Separation(NamedTuple):
         patterns: how errors reach the sites then.
         paths: for each call of a weighted layer, the units whose errors reach it and a layer that they pass, or None.
         shares: for each cut, into how many parts averages above it divide an error.
-        heard: for each cut, the weighted layers that hear it; parameters of other modules where there are none.
+        heard: for each cut, the weighted layers that receive it; if there are none, the parameters of other modules.
         sizes: of each cut's output, one sample; () where places may be many.
         idle: cuts on which the model's output does not depend: the model has detached what was made of them.
     """
@@ -119,7 +119,7 @@ def verify(
             merged = False  # a layer within another, which adds to it: the trace tells whether its weight is passed
         units = [OUTPUT if root is None else roots[root] for root in reach.roots]
         if not merged and name in cutting.packed and _are_own(units, name):
-            continue  # one of several outputs, of which another is made
+            continue  # one of several outputs, from which another is computed
         if (len(units) > 1 or merged) and _pattern(name, units, merged) not in patterns:
             return False
     return True
@@ -225,7 +225,7 @@ def _storages_of_index(at: Vertex) -> set[Any]:
     try:
         saved = getattr(at[0], "_saved_indices", None)
         saved = getattr(at[0], "_saved_index", None) if saved is None else saved
-    except RuntimeError:  # somebody's hooks have it
+    except RuntimeError:  # other hooks hold it
         saved = None
     found = [saved] if isinstance(saved, Tensor) else list(saved or ())
     return {None if index is None else index.untyped_storage()._cdata for index in found} or {None}
@@ -267,7 +267,7 @@ class _Search:
         self.marks = {call.at: call for call in reversed(trace.calls) if call.at in self.graph.children and self._ends(call)}
 
     def _still(self) -> set[Vertex]:
-        """What is made of parameters alone, and has no samples to tell a signal to: a masked weight, a part of a table.
+        """Find what is computed from parameters alone and has no samples: a masked weight, a part of a table.
 
         A layer that gets something without a past may have got it from the batch by ways that are not seen.
         """
@@ -329,7 +329,7 @@ class _Search:
         return done
 
     def is_spared(self, site: Vertex) -> bool:
-        """Whether a parameter is to have its exact derivative, where no unit can end: it hears all units that it is in."""
+        """Whether a parameter needs its exact derivative: no unit can end there, so it receives all its units' signals."""
         name, exact = self.others.get(site, ""), self.cutting.exact
         return site in self.still and (name in exact or is_inside(name, exact))
 

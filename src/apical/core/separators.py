@@ -30,7 +30,7 @@ def ends(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], kind: str) -
         kind: "block" takes separators at the output of a module that holds layers; the others take all.
 
     Raises:
-        UnsupportedModelError: there is none, although the model has several weighted layers.
+        UnsupportedModelError: no separator exists, although the model has several weighted layers.
     """
     graph = Graph([at for at in map(vertex, outputs) if at is not None])
     weighted, others = sites_of(cutting, graph, trace)

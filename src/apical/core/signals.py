@@ -14,7 +14,7 @@ from apical.errors import refuse_second_derivatives
 class Teacher:
     """Makes the teaching signals of one pass, each not before the backward pass reaches its unit.
 
-    Signals made in advance would all exist at once, beside every activation that backward still needs.
+    Signals computed in advance would all exist at the same time, with every activation that backward still needs.
 
     Attributes:
         signal: `signal(index of the unit, scale) -> teaching signal` of the unit output's shape, times the scalar scale;
@@ -41,7 +41,7 @@ class TeachingSignal(torch.autograd.Function):
 
 
 class HandedOn(torch.autograd.Function):
-    """A model's output, whose error is heard first; then it travels on, and asks the units' roots for their signals."""
+    """A model's output: its error is recorded first, then passed on, and the units' roots are asked for their signals."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, hear: Callable[[Tensor], None], *roots: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def channels_axis(shape: torch.Size, layer: nn.Module | None, at_inputs: bool, r
     Args:
         shape: of the unit.
         layer: the last one before it, or, `at_inputs`, the one that reads it.
-        rows: the samples of its rows, if they move; their axis is none of channels.
+        rows: the samples of its rows, if they move; their axis is not a channel axis.
     """
     if len(shape) < 3 or not isinstance(layer, _ConvNd):
         return -1

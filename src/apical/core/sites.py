@@ -110,7 +110,7 @@ def graph_leaves(loss: Tensor) -> set[int]:
 
 
 def trains_before(model: nn.Module, layers: Mapping[str, Any]) -> bool:
-    """Whether parameters that train are registered before those of the first layer, or beside it in a module of a user's."""
+    """Whether trainable parameters are registered before those of the first layer, or next to it in a user's module."""
     first = next(iter(layers.values()))
     module = caller(first)
     users = {layer.owner for layer in layers.values() if isinstance(layer, Part) and not is_packed(layer.owner)}

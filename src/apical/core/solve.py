@@ -71,7 +71,7 @@ def solved(gradient: Tensor, product: Tensor, lam: Tensor) -> Tensor:
 
 
 def solved_by_rows(gradient: Tensor, rows: Tensor, lam: Tensor) -> Tensor:
-    """The same from A (m, n), for a gradient `G = D^T A` and m < n: `D^T (A A^T + lam I)^-1 A`, of which no rounding is left
+    """The same from A (m, n), for a gradient `G = D^T A` and m < n: `D^T (A A^T + lam I)^-1 A`, with no rounding left
     outside the span of the rows.
     """
     product = rows @ rows.T
@@ -90,7 +90,7 @@ def _shifted(product: Tensor, lam: Tensor) -> Tensor:
 
 
 def _factor(matrix: Tensor) -> Tensor:
-    """Cholesky's; NaN where there is none, as of inputs that are not numbers, so that the loss's warning names them."""
+    """Cholesky's; NaN if there is none, as for NaN inputs, so that the loss's warning names them."""
     factor, failure = torch.linalg.cholesky_ex(matrix)
     result: Tensor = factor.masked_fill(failure != 0, torch.nan)
     return result

@@ -134,7 +134,7 @@ class SpikingLinear(nn.Linear):
         out_features: m.
         theta: the threshold.
         floor: the least slope that the backward pass divides by; 0 is the exact derivative.
-        active: inputs that fire, about; first weights are drawn for so many (all of them unless given).
+        active: approximate number of inputs that fire; initial weights are scaled for it (by default all inputs).
 
     Raises:
         ConfigError: an option out of range.
@@ -199,7 +199,7 @@ class FirstSpike(nn.Module):
 class Readout(nn.Module):
     """Scores of classes: the earlier, the larger. `-scale t`, and `-scale latest` where no spike has come by then.
 
-    With scale 1 a cross entropy goes on making the other classes later when the right one leads by a whole unit of time,
+    With scale 1 a cross entropy continues to make the other classes later when the right one leads by a whole unit of time,
     until they are silent, from where no gradient brings them back; then their own samples have no answer.
     """
 

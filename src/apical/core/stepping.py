@@ -146,14 +146,14 @@ def distributed() -> bool:
 
 
 class Arrival:
-    """Hook of a weight: notes which gradient has arrived, so that whoever changes it before the step is noticed.
+    """Hook of a weight: records which gradient has arrived, so that a change before the step is noticed.
 
     In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`, and where
     many gradients arrive without a step of an optimiser.
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
-        watched: the weight's own gradient is told apart from others since the last step (:func:`noted`).
+        watched: the weight's own gradient is distinguished from others since the last step (:func:`noted`).
         foreign: others have arrived.
         is_wary: the weight has moved otherwise than by steps, so that its values are sampled at every arrival.
         waits: a forward pass may have been made in closed form, and R is explicit by now.
@@ -243,7 +243,7 @@ class Arrival:
 
 
 class Noted(torch.autograd.Function):
-    """The weight itself; its backward tells an :class:`Arrival` what it hands on."""
+    """Return the weight itself; its backward tells an :class:`Arrival` what it passes on."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, arrival: Arrival) -> Tensor:

@@ -30,7 +30,7 @@ class Swap(saved_tensors_hooks):
         self._own = layer._parameters
 
     def _weight(self) -> Tensor:
-        """The layer's weight; attributes of modules take a microsecond, which shows beside small layers."""
+        """The layer's weight; attributes of modules take a microsecond, which matters for small layers."""
         weight = self._own.get("weight")
         return self.layer.weight if weight is None else weight
 

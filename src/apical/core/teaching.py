@@ -1,7 +1,7 @@
 """Teaching single blocks: each block of a network is given a signal at its output, and learns from that alone.
 
-Where a block is a matrix and an element-wise activation its gradients are written down at once, while its activity is still
-in the processor's cache; that spares autograd's bookkeeping too. Every other block keeps a graph of its own, of which the
+Where a block is a matrix and an element-wise activation its gradients are computed immediately, while its activity is still
+in the processor's cache; that spares autograd's bookkeeping too. Every other block keeps a separate graph, of which the
 block's output is a root. Both are roots of the credit.
 """
 
@@ -59,7 +59,7 @@ class Taught:
         formulas = self._formulas() if learns and self._is_closed(given) else None
         if formulas is not None:
             layer, phi = self.layer, self.activation
-            if has_global_hook():  # of whoever counts operations
+            if has_global_hook():  # of code that counts operations
                 v = layer(given)
                 made = v if phi is None else phi(v)
             else:

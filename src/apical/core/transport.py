@@ -153,7 +153,7 @@ Feedback: TypeAlias = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 Pathway: TypeAlias = tuple[Callable[..., tuple[Tensor | None, ...]], tuple[Tensor, ...]]
 """`(pathway, tensors)`: `pathway(geometry, delta, template, *tensors)` is the error at the input, and the gradient of each
-tensor or None. `template` has the shape of the input; it is None when nobody needs the error there (the first layer)."""
+tensor or None. `template` has the shape of the input; it is None when the error is not needed there (the first layer)."""
 
 
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ class FeedbackEdge(torch.autograd.Function):
         ctx.feedback, ctx.pathway, ctx.geometry = feedback, pathway, shape
         ctx.input_dtype = inputs.dtype
         ctx.real = shape is not None and inputs.device.type == "cpu" and inputs.dtype == output.dtype
-        ctx.keeps = ctx.real or torch.compiler.is_compiling()  # a symbolic shape beside a dirty output shifts gradients
+        ctx.keeps = ctx.real or torch.compiler.is_compiling()  # a symbolic shape next to a dirty output shifts gradients
         if not ctx.keeps:
             ctx.input_shape = inputs.shape
         ctx.save_for_backward(*([inputs] if ctx.keeps else []), *tensors)

@@ -12,7 +12,7 @@ from apical.core.layers import is_local, is_packed, is_registered, is_weighted
 from apical.errors import UnsupportedModelError
 
 TAKEN = frozenset({*dir(nn.ParameterDict), *dir(nn.ModuleDict)})
-"""Names that cannot be keys: attributes of whatever holds tensors by name."""
+"""Names that cannot be keys: attributes of the containers that hold tensors by name."""
 
 
 def key(name: str) -> str:
@@ -247,13 +247,13 @@ def _check_names(model: nn.Module, exact: Collection[str]) -> None:
 
 
 class Faults:
-    """What keeps a model from being trained, to be reported at once.
+    """What keeps a model from being trained, all reported together.
 
     Attributes:
         doubles: names under which a module is registered again, and its first name; the outermost modules only.
         tied: names of parameters that are the same tensor as another, and that one's name.
         complex: names of modules with complex parameters.
-        unknown: modules of PyTorch with parameters of which no backward map is known.
+        unknown: modules of PyTorch with parameters whose backward map is not known.
         several: modules that apply several weights within one call, where a rule takes none of these.
         scripted: modules that TorchScript has compiled.
         orphans: names of parameters outside layers, and the type that holds each.

@@ -125,7 +125,7 @@ def _answers_by_rows(layer: Layer) -> bool:
 def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tensor | None = None) -> bool:
     """Whether all error at a layer's input passes through its weight as it is.
 
-    Tried on noise, and with noise in all that the layer holds beside its weight: a way that is zero at first counts.
+    Tried on noise, with noise in everything the layer holds besides its weight: a path that is zero at first counts.
 
     Args:
         layer: of a type with known geometry.

@@ -162,7 +162,7 @@ class WrappedRule(CreditRule):
             return WrappedRule.forward(self, inputs, targets)
         self.require_attached()
         named = {f"{self._prefix}{name}": tap for name, tap in taps.items()}
-        # each of the layers that share a parameter has a tap of its own
+        # each of the layers that share a parameter has its own tap
         credit: Credit = torch.func.functional_call(self.rule, named, (inputs, targets), tie_weights=False)
         return credit
 
