@@ -68,7 +68,7 @@ def warning_line(
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of an error for want of memory; None for any other.
+    """Return what to say of an out-of-memory error; None for any other.
 
     >>> out_of_memory(MemoryError())
     'out of memory: take a smaller model, smaller batches or fewer --jobs; what was saved is kept'
@@ -110,7 +110,7 @@ def refuse_transforms(rule: str) -> None:
 
 
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of an option's choices.
+    """Refuse a value that is not one of an option's choices.
 
     Raises:
         ConfigError: as :func:`unknown_name` makes it.

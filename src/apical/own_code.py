@@ -260,7 +260,7 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     _modules.add(name)
-    if str(path.parent) not in sys.path:  # what lies beside the file can be imported, as when it is run
+    if str(path.parent) not in sys.path:  # files in the same folder can be imported, as when it is run
         sys.path.append(str(path.parent))
     _check_imports(path, title, error)
     sys.modules[name] = module  # dataclasses look their module up
@@ -285,7 +285,7 @@ def _run(execute: Callable[[], object], path: Path, title: str, error: Callable[
 
 
 def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) -> None:
-    """Refuse a file that would import another module than the one that lies beside it, such as an installed `utils`."""
+    """Refuse a file that would import another module than the one in its folder, such as an installed `utils`."""
     left, seen = [path], {path}
     while left:
         for name in _imported(left.pop()) - sys.stdlib_module_names:

@@ -87,7 +87,7 @@ def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dic
 def gradients(
     rule: CreditRule, inputs: Tensor, targets: Tensor, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weight gradients of the rule and of backpropagation, by name, on one batch: of all layers, or of the given weights.
+    """Return the rule's and backpropagation's weight gradients on one batch, by name: of all layers or of given weights.
 
     Of a layer whose weight is computed (weight norm, other parametrisations) they are those of what it is computed from.
     Where the rule's answer is not the feed-forward pass but that of a network that settles, backpropagation goes through

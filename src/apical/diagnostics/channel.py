@@ -84,7 +84,7 @@ class Channel:
         log10_condition: of their ratio; infinite where the smallest is zero.
         mean_square: of the entries of `J J^T`'s diagonal; `chi^L` in the mean-field limit.
         nats: information under the noise that was asked for.
-        bound: no network of so many outputs can hold more of it: the capacity of the power budget for noise at the end; the
+        bound: no network with as many outputs holds more of it: the capacity of the power budget for noise at the end; the
             same network without the noise of its inner layers for noise in every layer.
     """
 
@@ -158,7 +158,7 @@ def jacobians(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 
     def keep(module: nn.Module, args: Any, result: Any) -> Any:
         if isinstance(result, Tensor) and result.requires_grad:
-            copy = result.clone()  # of its own, so that an activation in place does not change it
+            copy = result.clone()  # a copy, so that an activation in place does not change it
             responses.append(result)
             return copy
         return result

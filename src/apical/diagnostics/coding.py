@@ -131,7 +131,7 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     rates: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: Any, result: Any) -> None:
-        result = result[0] if isinstance(result, tuple) and result else result  # beside the state, or attention's weights
+        result = result[0] if isinstance(result, tuple) and result else result  # next to the state or attention's weights
         if isinstance(module, SpikingLinear):
             result = result.clamp_max(SILENT)
         if isinstance(result, Tensor):

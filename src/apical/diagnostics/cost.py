@@ -1,4 +1,4 @@
-"""How many multiply-adds a piece of work takes, counted product by product, whoever makes them."""
+"""How many multiply-adds a piece of work takes, counted product by product, whatever code computes them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -92,7 +92,7 @@ def conjugate_gradient(
         product: x -> A x, of right's shape.
         right: (..., n).
         tolerance: on the residual over the right-hand side; None: ten times the precision of right's dtype.
-        iterations: at most so many products; None: 10 n.
+        iterations: maximum number of products; None: 10 n.
 
     Raises:
         ConfigError: not converged by then.

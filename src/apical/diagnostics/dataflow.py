@@ -1,7 +1,7 @@
 """What one update depends on, and after how many products: the flow of data through a step, operation by operation.
 
 Every tensor carries a :class:`Trace`. An operation joins the traces of what it reads; a product (matrix product,
-convolution) is one step in depth, everything else is none. Depth is therefore time on hardware that computes each layer at
+convolution) is one step in depth; everything else is free. Depth is therefore time on hardware that computes each layer at
 once. Memory is the identity of a tensor: a view has the trace of its base, and what is written in place joins it.
 """
 
@@ -132,7 +132,7 @@ class Dataflow(TorchDispatchMode):
         return result
 
     def _each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation on lists, which is one of its own for every place in them."""
+        """An operation on lists, counted separately for every place in them."""
         result = func(*args, **kwargs)
         lists = [value for value in args if isinstance(value, (list, tuple))]
         alone = [self.trace(value) for value in args if isinstance(value, Tensor)]

@@ -210,7 +210,7 @@ def gauss_newton_direction(
         damping: positive.
         names: parameters to take into account; None: all that require a gradient.
         tolerance: relative residual at which to stop.
-        iterations: at most so many products with G.
+        iterations: maximum number of products with G.
 
     Raises:
         ConfigError: a negative damping, an unknown name, or no convergence (raise `damping` or `iterations`).

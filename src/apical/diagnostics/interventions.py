@@ -62,7 +62,7 @@ class Probe:
 
     def __init__(self, rule: CreditRule, inputs: Tensor, targets: Tensor, seed: int = 0) -> None:
         self.rule, self.inputs, self.targets, self.seed = rule, inputs, targets, seed
-        rule(inputs, targets)  # whatever is made at the first batch exists from here on
+        rule(inputs, targets)  # everything created in the first batch exists now
         weights, biases = synapses(rule.model)
         self._own = {_memory(tensor) for tensor in (*rule.model.parameters(), *rule.model.buffers())}
         self._kept: list[Tensor] = []
@@ -156,7 +156,7 @@ class Probe:
 
     @property
     def feedback(self) -> list[Tensor]:
-        """Tensors beside the model, each once: in the rule's state, or kept elsewhere and seen at work. No numbers."""
+        """Return the tensors outside the model, each once: in the rule's state, or kept elsewhere and used."""
         tensors = [*self.rule.parameters(), *self.rule.buffers(), *self._kept]
         matrices = {_memory(tensor): tensor.detach() for tensor in tensors if _can_change(tensor)}
         return [tensor for memory, tensor in matrices.items() if memory not in self._own]
@@ -380,7 +380,7 @@ def synapses(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | No
 
 
 def _can_change(tensor: Tensor) -> bool:
-    """Whether it is more than one number, each with a place of its own."""
+    """Whether it is more than one number, each with its own place."""
     return tensor.is_floating_point() and tensor.numel() > 1 and 0 not in tensor.stride()
 
 

@@ -43,7 +43,7 @@ FLOATS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 """So many weights and activations of a layer are held at a time; on a CPU, more would not stay in its caches."""
 
 SMALL = 2**14
-"""Activations of the widest layer up to which a CPU is quicker with several networks at once than one by one."""
+"""Activations of the widest layer up to which a CPU is faster with several networks together than one by one."""
 
 _COLUMNS = 2**16
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance norms: those that can have running statistics
@@ -118,7 +118,7 @@ def principal_plane(trajectories: Sequence[Tensor]) -> Plane:
     total = sum(map(len, trajectories))
     size = trajectories[0].shape[1]
     gram = torch.zeros(total, total, dtype=torch.float64)
-    for first in range(0, size, _COLUMNS):  # all snapshots as float64 at once would take several times their memory
+    for first in range(0, size, _COLUMNS):  # all snapshots as float64 together would take several times their memory
         centred, _ = _centred(trajectories, first)
         gram += centred @ centred.T
     if not torch.isfinite(gram).all():
@@ -225,7 +225,7 @@ def losses_at(
         try:
             with kept_attributes(model):  # what a transform leaves in them is of no use outside it
                 values: Tensor = vmap(one, in_dims=(0, None, None, None))(points, buffers, x, y)
-        except RuntimeError:  # something in the model has no rule for several at once, such as LSTM
+        except RuntimeError:  # something in the model, such as LSTM, has no rule for several networks
             return None
         return values
 

@@ -1,4 +1,4 @@
-"""How many bytes a piece of work holds at once, counted tensor by tensor: exact on any device, no allocator noise."""
+"""How many bytes a piece of work holds at one time, counted tensor by tensor: exact on any device, no allocator noise."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

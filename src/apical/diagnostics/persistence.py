@@ -5,7 +5,7 @@
 
 A layer is a bipartite graph whose edges appear from large to small; S_io is the weakest edge of the best path from an input
 to an output. Girrbach, Christensen, Winther, Akata & Koepke (arXiv 2307.10865) show that NP is driven by the variance of the
-weights and by where the large ones lie, so both numbers stand beside that spread and beside the same of shuffled weights: a
+weights and by where the large ones lie, so both numbers are shown with that spread and with those of shuffled weights: a
 difference counts if it survives both. NP is due to Rieck et al. (arXiv 1812.09764).
 """
 
@@ -100,7 +100,7 @@ def deep_graph_persistence(weights: Sequence[Matrix], essential: bool = False) -
         essential: see :func:`neural_persistence`.
 
     Raises:
-        ConfigError: the layers are no row, each of which takes what the one before makes.
+        ConfigError: the layers are not a row in which each takes the output of the one before.
 
     >>> round(deep_graph_persistence([np.array([[1.0, -1.0]]), np.array([[2.0], [0.0]])]), 3)
     0.0
@@ -135,7 +135,7 @@ class Persistence:
 
 
 def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: bool = False) -> Persistence:
-    """Persistence of a model's weights, beside that of the same weights shuffled within their layers.
+    """Persistence of a model's weights, and of the same weights shuffled within their layers.
 
     Args:
         model: any network; of convolutions each output channel is a row. Matrices of other modules (recurrent ones,

@@ -97,7 +97,7 @@ class Findings:
         gradient: angle of each update to backpropagation's; empty where the network's answer has no derivative.
         depth: products one after another from the batch to the last update.
         multiply_adds: of a step.
-        parameters: numbers that feedback needs beside the model.
+        parameters: numbers that feedback needs in addition to the model.
         held: bytes held between the rule's call and its backward pass.
         settles: the rule's network answers by settling, all layers together.
         turned: degrees by which hidden updates turn, on average, with noisy, sparse and quantised feedback; NaN where

@@ -1,4 +1,4 @@
-"""What an update is made of, position by position: the layer's own inputs, and at which positions credit arrives.
+"""What an update consists of, position by position: the layer's own inputs, and at which positions credit arrives.
 
 Positions are those of the answer (tokens, moments). A dense layer's update for one sample is `sum_t delta_t x_t^T` if it is
 local: its rows lie in the span of the sample's inputs, and what the error at position t adds is a multiple of `x_t`.
@@ -25,7 +25,7 @@ def not_presynaptic(probe: Probe) -> dict[str, float]:
 
     NaN where that cannot be told: the inputs span everything, or the layer's inputs change in the course of the step.
     """
-    heard, shares = probe.listening(), {}  # in the step: a rule's own network may hand on other activities than the model
+    heard, shares = probe.listening(), {}  # in the step: a rule's own network may pass on other activities than the model
     for name, update in probe.rows(probe.updates(mode=heard, batch=probe.sample)).items():
         if name in heard.calls and float(update.norm()):
             share = outside(update, torch.cat(heard.calls[name]))
@@ -54,7 +54,7 @@ def across_positions(probe: Probe) -> tuple[dict[str, float], str]:
     The target at one position of one sample is changed; the forward pass and the errors at the other positions stay.
 
     Returns:
-        The shares by layer, and why there are none, or an empty text.
+        The shares by layer, and the reason if there are none, else an empty text.
     """
     inputs, targets = probe.sample
     with torch.no_grad():

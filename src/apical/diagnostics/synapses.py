@@ -68,7 +68,7 @@ class Weights:
             self.known.setdefault(weight.untyped_storage()._cdata, []).append((name, weight))
 
     def of(self, factor: Tensor) -> tuple[str, Tensor] | None:
-        """Name and weight of which `factor` is a view."""
+        """Return the name and weight that `factor` is a view of."""
         for name, weight in self.known.get(factor.untyped_storage()._cdata, ()):
             if 0 <= factor.storage_offset() - weight.storage_offset() < max(weight.numel(), 1):
                 return name, weight

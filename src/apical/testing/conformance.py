@@ -257,7 +257,7 @@ def check_oracle(factory: Factory, oracle: Callable[[CreditRule], None]) -> None
     """In the limit that `oracle` puts the rule into, its gradients are backpropagation's, to 1e-12."""
     for network, batch in settings(factory):
         rule = make(factory, network)
-        rule.accumulate(*batch(0))  # whatever is made at the first batch exists from here on
+        rule.accumulate(*batch(0))  # everything created in the first batch exists now
         rule.zero_grad()
         oracle(rule)
         rule.accumulate(*batch(1))

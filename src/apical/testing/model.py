@@ -79,7 +79,7 @@ def check_placement(trial: Trial) -> str:
 
 
 def check_not_backprop(trial: Trial) -> str:
-    """A rule that claims signals of its own is not backpropagation."""
+    """Verify that a rule that claims its own signals is not backpropagation."""
     layers = [row.layer for row in trial.placement if row.path == "signal of its own"]
     if not layers:
         raise NotApplicableError("no layer is said to have a signal of its own")
@@ -262,7 +262,7 @@ def check_model(rule: CreditRule, inputs: Any, targets: Any, *, skip: Collection
     trial = Trial(rule, inputs, targets)
     with undisturbed(rule, parameters=True):
         rule.restart()
-        rule(inputs, targets)  # whatever is made at the first batch exists from here on
+        rule(inputs, targets)  # everything created in the first batch exists now
         if trial.usual and not any(bool(grad.any()) for grad in trial.backprop.values()):
             raise ConfigError(
                 "all gradients of the loss are zero on this batch, so nothing can be compared; pass another batch"

@@ -1,4 +1,4 @@
-"""Does a rule train odd modules as it says, or refuse them by name?"""
+"""Check that a rule trains odd modules as it says, or refuses them by name."""
 
 import re
 from collections.abc import Iterable, Sequence

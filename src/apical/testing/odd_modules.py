@@ -96,7 +96,7 @@ class StandardisedConv(nn.Conv1d):
 
 
 class Wrapped(nn.Module):
-    """Calls its layer in some way of its own.
+    """Calls its layer in an unusual way.
 
     Args:
         way: `way(layer, x)`.
@@ -246,7 +246,7 @@ def _tokens(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _dense(way: Callable[[Any, Tensor], Tensor], *behind: nn.Module) -> nn.Module:
-    """A dense layer, and what stands behind it, that is called in some way of its own."""
+    """A dense layer and what follows it, called in an unusual way."""
     layer = nn.Linear(D, D)
     return Wrapped(nn.Sequential(layer, *behind) if behind else layer, way)
 

@@ -1,4 +1,4 @@
-"""Experiments on somebody's rule and model: each runs one step in a sandbox and hands back the gradients it made."""
+"""Experiments on a user's rule and model: each runs one step in a sandbox and returns the gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -235,7 +235,7 @@ def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
 
 @contextmanager
 def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Within, the module has these attributes or methods in place of those of its own or its class."""
+    """Within, these attributes or methods replace the module's own or those of its class."""
     own = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     module.__dict__.update(attributes)
     try:

@@ -77,7 +77,7 @@ def on_two_ranks(task: Callable[..., Any], *args: Any) -> list[Any]:
     """Run `task(rank, *args)` on two gloo ranks, started at the first call; returns what each rank returned.
 
     Args:
-        task: importable by name from `sys.path`, and so is what `args` are made of.
+        task: importable by name from `sys.path`, as are the contents of `args`.
 
     Raises:
         RankError: it raised an error there. The next call starts a new pair.
