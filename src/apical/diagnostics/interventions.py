@@ -156,7 +156,7 @@ class Probe:
 
     @property
     def feedback(self) -> list[Tensor]:
-        """Return the tensors outside the model, each once: in the rule's state, or kept elsewhere and used."""
+        """Return the tensors outside the model (no scalars), each once: in the rule's state, or kept elsewhere and used."""
         tensors = [*self.rule.parameters(), *self.rule.buffers(), *self._kept]
         matrices = {_memory(tensor): tensor.detach() for tensor in tensors if _can_change(tensor)}
         return [tensor for memory, tensor in matrices.items() if memory not in self._own]
