@@ -9,7 +9,7 @@ A is computed from activities and none of it is stored; but `A^T dY` and `dS^T Q
 of the error, with the strength with which these positions were read.
 
     "exact"    all of it
-    "fixed" A is a constant: no dS; values and output projection learn
+    "fixed"    A is a constant: no dS; values and output projection learn
     "present"  K is a constant, and dV_t = A_tt dY_t: credit for the present position alone
 
 These two options are ours. The four projections go through a function that rules may replace, to give each its own
