@@ -50,7 +50,7 @@ class Effective(nn.Module):
         return self.__dict__ | {"_computed": None}
 
     def forget(self) -> None:
-        """Recompute the weight at its next use: a new batch begins."""
+        """Compute the weight anew when it is needed next: a batch begins."""
         self.__dict__["_computed"] = None
 
     def _now(self) -> Computed:
@@ -163,7 +163,7 @@ def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Return the model's module that this one represents: behind an effective layer, or an activation made not in place."""
+    """The module of the model behind one that stands for it: an effective layer, or an activation that is not in place."""
     while "stands_for" in module.__dict__:
         module = module.__dict__["stands_for"]
     return module

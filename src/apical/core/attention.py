@@ -5,8 +5,8 @@ One head, X (T x d), s = 1 / sqrt(d_h):
     Q = X Wq^T, K = X Wk^T, V = X Wv^T;   S = s Q K^T + mask;   A = softmax(S);   Y = A V;   O = Y Wo^T
     dV = A^T dY,   dA = dY V^T,   dS = A * (dA - rowsum(A * dA)),   dQ = s dS K,   dK = s dS^T Q
 
-A is computed from activities and none of it is stored; but `A^T dY` and `dS^T Q` assign credit to positions other than that
-of the error, with the strength with which these positions were read.
+A is made of activities, and nothing of it is stored; but `A^T dY` and `dS^T Q` bring credit to other positions than that of
+the error, at the strength with which these were read.
 
     "exact"    all of it
     "fixed"    A is a constant: no dS; values and output projection learn
@@ -42,7 +42,7 @@ def plain(name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 class _Linked(torch.autograd.Function):
-    """`y`; the other inputs get zero error, so that a rule does not mistake their modules for unused ones."""
+    """`y`; zero error for the others, which a rule must not take for modules that nobody used."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class _Linked(torch.autograd.Function):
 
 
 class _Present(torch.autograd.Function):
-    """`Y`; the value of a position receives the error at that position, scaled by the diagonal of A."""
+    """`Y`; the value of a position hears the error at that position, at the strength of the diagonal."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, v: Tensor, diagonal: Tensor) -> Tensor:

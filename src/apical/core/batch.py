@@ -98,7 +98,7 @@ def require_rows(what: str, inputs: object, output: object = None) -> None:
 
 
 def require_classes(targets: Tensor, classes: int) -> None:
-    """Refuse class labels outside 0..classes - 1; not checked in compiled graphs.
+    """Refuse class labels that are none of 0..classes - 1; nothing of the kind is asked of compiled graphs.
 
     Raises:
         ConfigError: names the label.

@@ -130,7 +130,7 @@ class EdgeRule(CreditRule):
         self._loops = tuple(names[owner] for owner in owners if isinstance(owner, nn.RNNBase))
 
     def _feedback_of_part(self, name: str) -> Callable[[], Tensor]:
-        """Return a function that gives the feedback of a packed module's weight: zero in the first layer, or through time."""
+        """Return what makes the feedback of a packed module's weight: zero in the first layer, or through time."""
         return self._kept(name) if name in self.layers else partial(torch.zeros_like, self._weighted[name].weight)
 
     def _feedback_now(self, name: str) -> Feedback:
