@@ -429,7 +429,7 @@ class CreditRule(nn.Module):
         return Measures(layers=own(*probe)) if callable(own) else Measures()
 
     def panels(self, probe: Batch) -> Sequence[Panel]:
-        """Return figures of the trained network; by default those of the model's method `panels(inputs, targets)`."""
+        """Return figures of the trained network; by default of the model's `panels(inputs, targets)`, if it has one."""
         own = getattr(self.model, "panels", None)
         return own(*probe) if callable(own) else ()
 

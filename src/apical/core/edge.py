@@ -269,7 +269,7 @@ class EdgeRule(CreditRule):
         return {name: self.feedback_weight(name) for name in self.layers}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """Return tensors that replace parameters in the forward pass (:class:`apical.core.tap.WeightTap`), if any."""
+        """Return tensors that replace parameters in the forward pass (:class:`apical.core.tap.WeightTap`); default: none."""
         return {}
 
     def prepare(self, inputs: Any) -> None:
