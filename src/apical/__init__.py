@@ -14,7 +14,7 @@ else:
     _HEAVY = {"CreditClassifier": "apical.sklearn_estimator", "compare": "apical.comparison"}
 
     def __getattr__(name: str) -> Any:
-        """A public name or a part, imported when first needed: torch takes long, and Ctrl-C must work before."""
+        """Import a public name or a submodule at its first use: importing torch is slow, and Ctrl-C must work before."""
         if name in _HEAVY:
             return getattr(import_module(_HEAVY[name]), name)
         if name.startswith("_") and name != "__all__":

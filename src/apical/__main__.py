@@ -1,4 +1,4 @@
-"""`python -m apical` and the command `apical`: Ctrl-C ends it in one line from its first moment, also while it imports."""
+"""`python -m apical` and the command `apical`. Ctrl-C ends it with a single line at any time, also during imports."""
 
 import os
 import signal
@@ -9,16 +9,16 @@ from apical.cli.interrupts import end
 
 
 def _open_closed() -> None:
-    """Open those of stdin, stdout and stderr that were closed when the process began: no other file gets their number."""
+    """Reopen stdin, stdout and stderr if they were closed at startup, so that no other file gets their numbers."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            descriptor = os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+            descriptor = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
             os.set_inheritable(descriptor, True)
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def main() -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
     _open_closed()

@@ -1,4 +1,4 @@
-"""`apical.compare`: train rules side by side from Python, on data and models by name, from files, or in memory."""
+"""`apical.compare`: compare rules from Python, with data and models given by name, from files, or in memory."""
 
 import os
 import statistics
@@ -29,15 +29,15 @@ _ELSEWHERE = {"rule", "rule_options", "data", "model", "epochs", "seed", *CHECKS
 
 @dataclass(frozen=True)
 class ComparedRule:
-    """What the seeds of one rule came to.
+    """The results of one rule over its seeds.
 
     Attributes:
-        rule: its name.
-        mean: of the test accuracy (0 to 1) or, for regression, of the test loss, over the seeds that finished; NaN for none.
-        spread: their standard deviation; NaN for fewer than two.
-        n: how many finished.
-        values: of each of them.
-        diverged: seeds that diverged.
+        rule: name of the rule.
+        mean: mean test accuracy (0 to 1) or, for regression, test loss, over the seeds that finished; NaN if none did.
+        spread: standard deviation over these seeds; NaN for fewer than two.
+        n: number of seeds that finished.
+        values: accuracy or loss of each of these seeds.
+        diverged: number of seeds that diverged.
         ms_per_step: median time of a training step, in milliseconds; None if it was not measured.
     """
 
@@ -52,13 +52,13 @@ class ComparedRule:
 
 @dataclass(frozen=True)
 class Compared:
-    """The result of a comparison: a row for each rule, in the order asked for.
+    """The result of a comparison: one row per rule, in the order requested.
 
     Attributes:
-        metric: what the rows' values are.
+        metric: the quantity that the rows report.
         rows: one per rule.
-        report: the page with figures and tables.
-        records: one dictionary per rule and seed, as summary.json has them.
+        report: path of the page with figures and tables.
+        records: one dictionary per rule and seed, as in summary.json.
     """
 
     metric: Metric
@@ -67,10 +67,10 @@ class Compared:
     records: tuple[Mapping[str, Any], ...]
 
     def __getitem__(self, rule: str) -> ComparedRule:
-        """The row of a rule.
+        """Return the row of a rule.
 
         Raises:
-            KeyError: it was not compared.
+            KeyError: the rule was not compared.
         """
         for row in self.rows:
             if row.rule == rule:
@@ -107,35 +107,35 @@ def compare(
     show: bool = True,
     **settings: Any,
 ) -> Compared:
-    """Train rules with the same seeds, data and settings, and write a report; what `apical compare` does.
+    """Train rules with the same seeds, data and settings, and write a report, as `apical compare` does.
 
-    Trainings run with the default dtype and device, grad mode and autocast of a new process, whatever the program has set.
+    Training uses the default dtype and device, grad mode and autocast of a new process, whatever the program has set.
 
     Args:
         out: folder for runs and report; must be new or empty.
-        rules: short names (`apical list rules`), "FILE.py:CLASS", or classes, or one alone; None takes seven.
+        rules: one or several of: short names (`apical list rules`), "FILE.py:CLASS", classes; None runs seven rules.
         data: name of a data set, path of a .npz or .csv file or of a folder of images, "FILE.py:FUNCTION"; or in memory: a
             `torch.utils.data.Dataset`, a pair of them (train, test), arrays or tensors (training inputs, training targets,
-            test inputs, test targets), or (inputs, targets) alone. None takes digits, or those of the recipe.
-        model: name of a network, "FILE.py:NAME", or a class or function that makes an `nn.Module`. Its parameters named
-            `input_shape`, `in_features`, `num_outputs` or `num_classes` are filled in. None takes mlp-256-256.
-        epochs: passes over the training samples; None takes 20, or those of the recipe.
-        seeds: how many; they are 0, 1, ...
-        recipe: settings of a paper (`apical list recipes`), or a sweep's best.json.
-        rule_options: "[RULE:]key=value", as on the command line, one or several, or a dictionary of them.
-        jobs: seeds side by side, each in a process. More than one needs names instead of objects in memory, and the usual
-            `if __name__ == "__main__":` around the call.
-        resume: continue what is in `out`.
-        overwrite: replace what is in `out`.
+            test inputs, test targets), or just (inputs, targets). None uses digits, or the recipe's data.
+        model: name of a network, "FILE.py:NAME", or a class or function that returns an `nn.Module`. Its parameters named
+            `input_shape`, `in_features`, `num_outputs` or `num_classes` are filled in. None uses mlp-256-256.
+        epochs: passes over the training samples; None uses 20, or the recipe's number.
+        seeds: number of seeds; they are 0, 1, ...
+        recipe: name of a paper's settings (`apical list recipes`), or a sweep's best.json.
+        rule_options: "[RULE:]key=value" as on the command line, one or several, or a dictionary.
+        jobs: number of seeds to run in parallel, each in its own process. More than one requires names instead of objects in
+            memory, and the usual `if __name__ == "__main__":` around the call.
+        resume: continue the runs in `out`.
+        overwrite: replace the contents of `out`.
         show: print progress and the final table.
         settings: any other setting of :class:`apical.bench.recipe.Recipe`, such as lr=0.1, batch_size=64, probe=0.
 
     Returns:
-        A row for each rule: mean, spread and number of seeds; and the path of the report.
+        One row per rule, with mean, spread and number of seeds; and the path of the report.
 
     Raises:
-        ApicalError: something asked for is not usable; one sentence says what.
-        KeyboardInterrupt: after what was trained is saved; go on with resume=True.
+        ApicalError: an argument is not usable; the message is one sentence that says which.
+        KeyboardInterrupt: raised after the finished training has been saved; continue with resume=True.
     """
     rules = [rules] if isinstance(rules, str | type) else rules
     options = {name: _plain(value) for name, value in settings.items() if value is not None}
@@ -179,7 +179,7 @@ def _rule(rule: str | type[CreditRule]) -> str:
 
 
 def _options(options: str | Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
-    """Options of rules as the command line has them."""
+    """Return rule options in the form used on the command line."""
     if isinstance(options, Mapping):
         return tuple(f"{name}={_plain(value)}" for name, value in options.items())
     return (options,) if isinstance(options, str) else tuple(options)
@@ -192,17 +192,17 @@ def _data(data: Any, *, numbers: bool) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of NumPy and torch as Python's, and a device by its name."""
+    """Convert NumPy and torch numbers to Python numbers, and a device to its name."""
     if isinstance(value, torch.device):
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _settings(options: Mapping[str, Any], epochs: int | None) -> dict[str, Any]:
-    """Settings as the recipe has them: a single value of a schedule is a schedule.
+    """Return settings in the form used by the recipe: a single value given for a schedule becomes a schedule.
 
     Raises:
-        ConfigError: there is no such setting, or a value is of another kind.
+        ConfigError: there is no such setting, or a value has the wrong type.
     """
     names = {item.name for item in fields(Recipe)} - _ELSEWHERE
     for name in options:
@@ -212,7 +212,7 @@ def _settings(options: Mapping[str, Any], epochs: int | None) -> dict[str, Any]:
         name: (value,) if origins[name] is tuple and isinstance(value, int | float) else value
         for name, value in options.items()
     }
-    try:  # the recipe knows the words that it takes, and says so
+    try:  # the recipe checks its own choices and reports them
         given = {**values, "epochs": epochs or 1}
         check_kinds({name: value for name, value in given.items() if origins[name] is not Literal})
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Errors meant for people: one sentence that names what is wrong, where, and the remedy."""
+"""Error messages for users: one sentence that names what is wrong, where, and the remedy."""
 
 import difflib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class ApicalError(Exception):
-    """Base of every error the command line prints as one line (no traceback) before it exits non-zero."""
+    """Base of every error that the command line prints as one line (no traceback) before it exits with a non-zero status."""
 
 
 class ConfigError(ApicalError, ValueError):
@@ -30,11 +30,11 @@ class DivergenceError(ApicalError, ArithmeticError):
 
 
 class InstabilityError(DivergenceError):
-    """A simulated dynamics or its controller is unstable at the settings given; the message names what to change."""
+    """A simulated dynamical system or its controller is unstable at these settings; the message names what to change."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Error for an unknown rule, model or data set, with the nearest known name.
+    """Return the error for an unknown rule, model or data set, with the nearest known name.
 
     >>> str(unknown_name("rule", "pfaa", ["bp", "pfa"]))
     "unknown rule 'pfaa'; did you mean 'pfa'? Known: bp, pfa"
@@ -43,7 +43,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
-    if not near:  # names with a parameter, such as mlp-<widths>: compare what stands before it
+    if not near:  # names with a parameter, such as mlp-<widths>: compare the part before it
         stems = {known_name.split("-")[0]: known_name for known_name in names}
         near = [stems[stem] for stem in difflib.get_close_matches(name.lower().split("-")[0], stems, n=1, cutoff=0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -80,7 +80,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def refuse_second_derivatives() -> None:
-    """To be called in a backward pass, whose results are no derivatives: refuse to derive them once more.
+    """Refuse second derivatives; called in a backward pass whose results are not derivatives.
 
     Raises:
         ConfigError: the pass records a graph (`create_graph=True`).
@@ -95,10 +95,10 @@ def refuse_second_derivatives() -> None:
 
 
 def refuse_transforms(rule: str) -> None:
-    """Refuse to work within a transform of `torch.func`, whose levels see nothing of what a rule does to a graph.
+    """Refuse to work within a transform of `torch.func`, which does not see what a rule does to a graph.
 
     Raises:
-        ConfigError: one is under way.
+        ConfigError: a transform is active.
     """
     import torch
 
@@ -113,7 +113,7 @@ def require_choice(option: str, value: object, choices: Iterable[str]) -> None:
     """Refuse a value that is not one of an option's choices.
 
     Raises:
-        ConfigError: as :func:`unknown_name` makes it.
+        ConfigError: as returned by :func:`unknown_name`.
 
     >>> require_choice("feedback", "ful", ["full", "broadcast"])
     Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""The public names, one line each; `apical` imports this file when one is first needed."""
+"""The public names, one per line; `apical` imports this file when one is first used."""
 
 from apical.core.activations import register_activation as register_activation
 from apical.core.credit import Credit as Credit

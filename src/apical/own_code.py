@@ -1,4 +1,4 @@
-"""Code that is not part of apical, named as `path/to/file.py:NAME` or `module:NAME`: found, run and identified."""
+"""Load, run and identify code that is not part of apical, given as `path/to/file.py:NAME` or `module:NAME`."""
 
 import ast
 import difflib
@@ -23,11 +23,11 @@ import torch
 from apical.errors import ApicalError, ConfigError
 
 _modules: set[str] = set()
-"""Names of the modules that have been imported as code of the user's."""
+"""Names of the modules that were imported as users' code."""
 
 
 def is_code(name: str) -> bool:
-    """Whether a name says a file or module with something in it.
+    """Return whether a name refers to something in a file or module.
 
     >>> is_code("nets.py:Net"), is_code("nets.py"), is_code("lenet")
     (True, True, False)
@@ -36,18 +36,18 @@ def is_code(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """The same name with the whole path of its file, so that it means the same from any folder."""
+    """Return the same name with the absolute path of its file, so that it means the same from any folder."""
     where, colon, attribute = name.rpartition(":")
     return f"{Path(where).expanduser().resolve()}{colon}{attribute}" if where.endswith(".py") else name
 
 
 def import_from(name: str, kind: str, example: str, error: Callable[[str], ApicalError] = ConfigError) -> Any:
-    """What `name` says. Runs the code of the file or module; an unchanged file runs once in a process.
+    """Return the object that `name` refers to. Runs the file or module; an unchanged file runs only once per process.
 
     Args:
         name: "path/to/file.py:NAME" or "module:NAME".
-        kind: what it should be, for messages, such as "rule".
-        example: a name as it should be, for messages.
+        kind: what the object should be, for messages, such as "rule".
+        example: a valid name, for messages.
         error: class of the errors.
 
     Raises:
@@ -67,7 +67,7 @@ def import_from(name: str, kind: str, example: str, error: Callable[[str], Apica
 
 
 def import_module(where: str, example: str, error: Callable[[str], ApicalError] = ConfigError) -> ModuleType:
-    """The module of a file "path/to/file.py", or of that name; raises as :func:`import_from` does."""
+    """Return the module of a file "path/to/file.py", or of that name; raises the same errors as :func:`import_from`."""
     if where.endswith(".py"):
         return _file(Path(where).expanduser().resolve(), where, error)
     with settings_kept(where, error):
@@ -85,9 +85,9 @@ def import_module(where: str, example: str, error: Callable[[str], ApicalError] 
 
 @contextmanager
 def generators_kept(seed: int | None = None) -> Iterator[None]:
-    """Within, the global generators of Python, NumPy and torch may be used, here from a seed; behind, they are as before.
+    """Restore the global generators of Python, NumPy and torch after this context; within it they may start from a seed.
 
-    So is the current folder, to which paths on the command line refer.
+    The current folder, to which paths on the command line refer, is restored as well.
     """
     before, folder = (random.getstate(), np.random.get_state()), os.path.curdir
     with suppress(OSError):
@@ -108,13 +108,13 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def settings_kept(where: str, error: Callable[[str], ApicalError] = ConfigError) -> Iterator[None]:
-    """Within, nothing may change PyTorch's settings for the whole process: other rules, models and data would have them too.
+    """Refuse changes to PyTorch's process-wide settings in this context: they would affect other rules, models and data.
 
     Args:
         where: what runs, for the message.
 
     Raises:
-        ApicalError: the default dtype or device or the grad mode is another behind; they are put back.
+        ApicalError: the default dtype, default device or grad mode has changed afterwards; they are restored.
     """
     before = _settings()
     try:
@@ -135,9 +135,9 @@ def settings_kept(where: str, error: Callable[[str], ApicalError] = ConfigError)
 
 @contextmanager
 def standard_settings() -> Iterator[None]:
-    """Within, PyTorch's default dtype and device, grad and inference mode and autocast are those of a new process.
+    """Use PyTorch's default dtype and device, grad and inference mode and autocast of a new process within this context.
 
-    What trains whole networks runs so: one process gives the same numbers as several, whatever the calling program has set.
+    Code that trains whole networks runs this way: one process gives the same numbers as several, whatever the caller set.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with ExitStack() as stack:
@@ -161,7 +161,7 @@ def _settings() -> dict[str, Any]:
 
 
 def checksum(value: Any, name: str) -> str:
-    """Sixteen hex digits of the SHA-256 of the file that defines a class or function, or else of that in its name.
+    """Return 16 hex digits of the SHA-256 of the file that defines a class or function, or else of the file in its name.
 
     Empty if there is no such file.
     """
@@ -177,9 +177,9 @@ def checksum(value: Any, name: str) -> str:
 
 
 def source_checksum(value: Any) -> str:
-    """Sixteen hex digits of the SHA-256 of a class, of a function or of what else can be called, alone.
+    """Return 16 hex digits of the SHA-256 of only a class, a function or another callable.
 
-    That is the source of a class, or the code of a function with the values that it holds: defaults, enclosed variables,
+    That is the source of a class, or the code of a function with the values that it uses: defaults, enclosed variables,
     arguments of a partial function, attributes of an object.
     """
     if inspect.isclass(value):
@@ -189,7 +189,7 @@ def source_checksum(value: Any) -> str:
 
 
 def _identity(value: Any, depth: int = 6) -> Any:
-    """What tells a value from others, in any process: numbers, texts, arrays and code, and of the rest the type."""
+    """Return what distinguishes a value in any process: numbers, strings, arrays and code; for the rest, the type."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
     if depth == 0:
@@ -224,7 +224,7 @@ def _parts(code: CodeType) -> tuple[Any, ...]:
 
 
 def described(error: BaseException, path: Path | None) -> str:
-    """The exception in a line, and the line of the file at which it came up."""
+    """Describe an exception in one line, with the line of the file at which it occurred."""
     lines = [error.lineno] if isinstance(error, SyntaxError) else []
     lines += [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if path and Path(frame.filename) == path]
     text = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -233,14 +233,14 @@ def described(error: BaseException, path: Path | None) -> str:
 
 
 def blamed(error: BaseException) -> str | None:
-    """An exception that came up in code of the user's or in what that called, in a line; None for one that did not."""
+    """Describe in one line an exception that occurred in user code or in what that called; None for any other."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [frame for frame in frames if frame.f_globals.get("__name__", "") in _modules]
     return f"{own[-1].f_code.co_filename} failed: {described(error, Path(own[-1].f_code.co_filename))}" if own else None
 
 
 def file_of(name: str) -> Path | None:
-    """The file in a name "path/to/file.py:NAME"; None for a module's."""
+    """Return the file in a name "path/to/file.py:NAME"; None for a module."""
     where = name.rpartition(":")[0]
     return Path(where).expanduser().resolve() if where.endswith(".py") else None
 
@@ -263,7 +263,7 @@ def _file(path: Path, title: str, error: Callable[[str], ApicalError]) -> Module
     if str(path.parent) not in sys.path:  # files in the same folder can be imported, as when it is run
         sys.path.append(str(path.parent))
     _check_imports(path, title, error)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         with settings_kept(title, error):
             _run(partial(specification.loader.exec_module, module), path, title, error)
@@ -278,7 +278,7 @@ def _run(execute: Callable[[], object], path: Path, title: str, error: Callable[
     try:
         with generators_kept():
             execute()
-    except (Exception, SystemExit) as problem:  # sys.exit() in a script that is no module
+    except (Exception, SystemExit) as problem:  # sys.exit() in a script that is not meant as a module
         inside = isinstance(problem, ImportError) and "relative import" in str(problem)
         hint = f"; name it by its package: PACKAGE.{path.stem}:NAME, with PYTHONPATH=." if inside else ""
         raise error(f"{title} cannot be loaded: {described(problem, path)}{hint}") from problem
@@ -301,18 +301,18 @@ def _check_imports(path: Path, title: str, error: Callable[[str], ApicalError]) 
 
 
 def _imported(path: Path) -> set[str]:
-    """The first words of what a file imports by its whole name."""
+    """Return the top-level names of a file's absolute imports."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
-        return set()  # running it says so
+        return set()  # running it reports the error
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     return {name.partition(".")[0] for name in names}
 
 
 def _origin(name: str) -> str | None:
-    """The file that a module comes from, imported already or not."""
+    """Return the file that a module comes from, whether already imported or not."""
     with suppress(ImportError, ValueError):
         found = importlib.util.find_spec(name)
         return found.origin if found else None

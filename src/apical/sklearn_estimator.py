@@ -1,4 +1,4 @@
-"""A scikit-learn classifier: a perceptron trained by any rule, for pipelines, grids and cross-validation."""
+"""A scikit-learn classifier: a perceptron trained by any rule, for pipelines, grid search and cross-validation."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -27,26 +27,26 @@ from apical.own_code import standard_settings
 class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """A ReLU perceptron trained by a credit-assignment rule.
 
-    Features are standardised with the training data's means and deviations. Rules get the defaults that the command line
-    gives them (weight decay that aligns feedback, clipping). Trained on the CPU in single precision; predicts in double.
+    Features are standardised with the training data's mean and standard deviation. Rules get the command line's defaults
+    (weight decay that aligns feedback, clipping). Training runs on the CPU in single precision, prediction in double.
 
     Args:
         rule: short name (`apical list rules`), "FILE.py:CLASS", "MODULE:CLASS", or a class.
-        hidden: width of each hidden layer, or of the only one.
+        hidden: width of each hidden layer, or one width.
         epochs: passes over the training data.
         batch_size: samples per step; all of them if there are fewer.
         lr: learning rate.
-        momentum: of SGD, or beta1 of Adam.
+        momentum: momentum of SGD, or beta1 of Adam.
         optimizer: "sgd", "adam", "adamw", "nadam", "radam", "input-adam" or "muon".
-        rule_options: options of the rule, by name.
+        rule_options: options of the rule by name.
         random_state: seed, generator or None, as in scikit-learn.
 
     Attributes:
         classes_: (n_classes,) labels.
-        n_features_in_: features seen in `fit`.
-        n_iter_: epochs trained.
-        model_: the trained network, a plain `nn.Module`; maps standardised features (n, `n_features_in_`) to logits.
-        rule_: the rule, whose `answer` gives the answers: not the model's feed-forward pass where a rule settles.
+        n_features_in_: number of features seen in `fit`.
+        n_iter_: number of epochs trained.
+        model_: the trained network, a plain `nn.Module` that maps standardised features (n, `n_features_in_`) to logits.
+        rule_: the rule, whose `answer` gives the predictions; not the model's feed-forward pass if the rule settles.
 
     >>> from sklearn.datasets import load_digits
     >>> images, labels = load_digits(return_X_y=True)
@@ -124,7 +124,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @standard_settings()
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Probabilities (n, n_classes) of samples (n, features)."""
+        """Return the probabilities (n, n_classes) of samples (n, features)."""
         check_is_fitted(self)
         x: NDArray[np.float64] = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
@@ -132,7 +132,7 @@ class CreditClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return probabilities
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Labels (n,) of samples (n, features)."""
+        """Return the labels (n,) of samples (n, features)."""
         indices = self.predict_proba(X).argmax(axis=1)
         labels: NDArray[Any] = self.classes_[indices]
         return labels

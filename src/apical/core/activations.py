@@ -1,8 +1,8 @@
-"""Activations: which modules they are, their derivative, and the difference `phi(v + d) - phi(v)` without cancellation.
+"""Activations: which modules count as one, their derivatives, and `phi(v + d) - phi(v)` without cancellation.
 
-What is known of a type holds for its own forward alone: a subclass that overrides it is an activation, but not known to act
-on each neuron alone. Differences of common types are in :mod:`apical.core.differences`; an activation without one is
-evaluated in float64 where its potentials are of lower precision.
+The properties of a type hold only for its own forward: a subclass that overrides it is an activation, but is not known to be
+elementwise. Differences for common types are in :mod:`apical.core.differences`; an activation without one is
+evaluated in float64 if its potentials have lower precision.
 """
 
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from apical.errors import ConfigError
 
 @dataclass(frozen=True)
 class Activation:
-    """What is known of a type of activations; each formula takes the module first, then tensors of one shape.
+    """Properties of a type of activation; each formula takes the module first, then tensors of the same shape.
 
     Attributes:
-        forward: the method that the rest is about.
-        elementwise: whether it acts on each neuron alone, with neither parameters nor randomness.
-        derivative: `phi'(v)` given v and `r = phi(v)`; None leaves it to autograd.
-        pulled_back: `phi'(v) * signal` given v, r and the signal, in one sweep over memory.
-        difference: `phi(v + d) - phi(v)` given v, r and d; None takes the plain difference.
+        forward: the method that the other attributes describe.
+        elementwise: whether it acts on each neuron separately, without parameters or randomness.
+        derivative: `phi'(v)` given v and `r = phi(v)`; None uses autograd.
+        pulled_back: `phi'(v) * signal` given v, r and the signal, in one pass over memory.
+        difference: `phi(v + d) - phi(v)` given v, r and d; None computes the plain difference.
         complex_parts: real and imaginary part of `phi(a + ib)` given a and b; None applies the module to complex numbers.
-        from_output: whether the derivative needs r alone.
-        said: a user says so; it is compared with the forward when a module of the type is first met.
+        from_output: whether the derivative can be computed from r alone.
+        said: whether a user registered it; it is then checked against the forward of the first module of the type.
     """
 
     forward: Callable[..., Any]
@@ -54,21 +54,21 @@ def register_activation(
     difference: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None = None,
     complex_parts: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Make a type of modules known as activations, in every rule.
+    """Register a type of module as an activation for every rule.
 
-    The formulas are compared with the type's forward, on a few numbers, when a rule first meets a module of it; one that is
-    another function's is refused there by a :class:`apical.errors.ConfigError`.
+    When a rule first encounters a module of this type, the formulas are compared with its forward on a few numbers. One
+    that does not match is refused with a :class:`apical.errors.ConfigError`.
 
     Args:
-        kind: the type; a subclass that overrides `forward` again is not covered.
-        elementwise: whether it acts on each neuron alone, with neither parameters nor randomness; chains take no others.
-        derivative: `phi'(v)` as a function of (module, v, r) with `r = phi(v)`; autograd's by default.
-        difference: `phi(v + d) - phi(v)` as a function of (module, v, r, d), where the plain difference would cancel.
+        kind: the type; subclasses that override `forward` are not covered.
+        elementwise: whether it acts on each neuron separately, without parameters or randomness; chains require this.
+        derivative: `phi'(v)` as a function of (module, v, r) with `r = phi(v)`; autograd by default.
+        difference: `phi(v + d) - phi(v)` as a function of (module, v, r, d), for where the plain difference would cancel.
         complex_parts: real and imaginary part of `phi(a + ib)` as a function of (module, a, b), for holomorphic equilibrium
             propagation; by default the module is applied to complex numbers.
 
     Raises:
-        ConfigError: `kind` is no type of modules.
+        ConfigError: `kind` is not a subclass of nn.Module.
 
     >>> class Cube(nn.Module):
     ...     def forward(self, v):
@@ -84,10 +84,10 @@ def register_activation(
 
 
 class Itself(nn.Module):
-    """An activation whose type inherits from another known one and computes something else: no longer an instance of that.
+    """Wrapper for an activation that inherits from a known type but computes something else, so that `isinstance` is false.
 
     Args:
-        activation: the activation; no submodule.
+        activation: the activation; not registered as a submodule.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -95,20 +95,20 @@ class Itself(nn.Module):
         self.__dict__["stands_for"] = activation
 
     def forward(self, v: Tensor) -> Tensor:
-        """What the activation makes of v."""
+        """Apply the activation to v."""
         result: Tensor = self.__dict__["stands_for"](v)
         return result
 
 
 def itself(activation: nn.Module) -> nn.Module:
-    """The activation, such that `isinstance` of a known type means that it computes what that type does."""
+    """Return the activation, wrapped if needed so that an instance of a known type computes what that type does."""
     kind = type(activation)
     inherits = any(base in TYPES and base.forward is not kind.forward for base in kind.__mro__)
     return Itself(activation) if inherits else activation
 
 
 def plain(activation: nn.Module) -> nn.Module:
-    """The activation, not in place; `stands_for` of a copy is the original."""
+    """Return the activation, not in place; if it is a copy, its `stands_for` is the original."""
     if not getattr(activation, "inplace", False):
         return activation
     twin = copy(activation)
@@ -121,14 +121,14 @@ _nearest: dict[type[nn.Module], Activation | None] = {}
 
 
 def known(activation: nn.Module) -> Activation | None:
-    """What is known of the module's type, if the module runs that type's own forward."""
+    """Return the properties of the module's type, if the module runs that type's own forward; else None."""
     activation = _own(activation)
     kind = type(activation)
     if kind not in _nearest:
         base = next((base for base in kind.__mro__ if base in TYPES), None)
         entry = None if base is None or kind.forward is not TYPES[base].forward else TYPES[base]
         if entry is not None and base is not None and entry.difference is None:
-            from apical.core.differences import DIFFERENCES  # of the common types; few rules compute any
+            from apical.core.differences import DIFFERENCES  # for common types; few rules need it
 
             entry = replace(entry, difference=DIFFERENCES.get(base))
         if entry is not None and entry.said and not torch.compiler.is_compiling():
@@ -141,24 +141,24 @@ def known(activation: nn.Module) -> Activation | None:
 
 
 def _own(activation: nn.Module) -> nn.Module:
-    """The module that formulas are about."""
+    """Return the module that the formulas describe."""
     own: nn.Module = activation.__dict__["stands_for"] if isinstance(activation, Itself) else activation
     return own
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether the module is an activation, at whose output a unit ends, whatever its forward computes."""
+    """Return whether the module is an activation, at whose output a unit ends, whatever its forward computes."""
     return isinstance(module, tuple(TYPES)) and not isinstance(module, nn.Identity)
 
 
 def is_elementwise(module: nn.Module) -> bool:
-    """Whether the module is known to act on each neuron alone, with neither parameters nor randomness."""
+    """Return whether the module is known to act on each neuron separately, without parameters or randomness."""
     entry = known(module)
     return entry is not None and entry.elementwise
 
 
 def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
-    """`phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink the one-sided value that autograd takes."""
+    """Return `phi'(v)`, of v's shape, given also `r = phi(v)`; at a kink, the one-sided value that autograd uses."""
     entry = known(activation)
     if entry is not None and entry.derivative is not None:
         return entry.derivative(_own(activation), v, r)
@@ -167,7 +167,7 @@ def derivative(activation: nn.Module, v: Tensor, r: Tensor) -> Tensor:
 
 
 def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> Tensor:
-    """`phi'(v) * signal`, given also `r = phi(v)`; in one sweep over memory where PyTorch has one."""
+    """Return `phi'(v) * signal`, given also `r = phi(v)`; in one pass over memory where PyTorch has such a kernel."""
     entry = known(activation)
     if entry is not None and entry.pulled_back is not None:
         return entry.pulled_back(_own(activation), v, r, signal)
@@ -175,12 +175,12 @@ def pulled_back(activation: nn.Module, v: Tensor, r: Tensor, signal: Tensor) -> 
 
 
 def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
-    """`phi(v + d) - phi(v)`, of v's shape, given also `r = phi(v)`; without an identity, and in float64, the plain one."""
+    """Return `phi(v + d) - phi(v)`, of v's shape, given `r = phi(v)`; without an identity, by subtraction in float64."""
     entry = known(activation)
     if entry is not None and entry.difference is not None:
         return entry.difference(_own(activation), v, r, d)
     phi = plain(activation)
-    if v.dtype != torch.float64 and v.device.type != "mps":  # which has no float64
+    if v.dtype != torch.float64 and v.device.type != "mps":  # mps has no float64
         wide = v.double()
         change: Tensor = phi(wide + d) - phi(wide)
         return change.to(v.dtype)
@@ -189,7 +189,7 @@ def difference(activation: nn.Module, v: Tensor, r: Tensor, d: Tensor) -> Tensor
 
 
 def complex_parts(activation: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of `phi(a + ib)`, of a's shape."""
+    """Return the real and imaginary part of `phi(a + ib)`, of a's shape."""
     entry = known(activation)
     if entry is not None and entry.complex_parts is not None:
         return entry.complex_parts(_own(activation), a, b)

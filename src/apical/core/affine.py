@@ -1,8 +1,8 @@
-"""Layers whose weight is a function of parameters, as plain layers of their effective weight.
+"""Layers whose weight is a function of parameters, presented as plain layers with their effective weight.
 
-Rules of whole chains write down products with each layer's weight. A layer that masks, normalises or reparametrises its
-weight is given to them as a plain layer of PyTorch's whose `weight` is the effective one, computed once a batch and with its
-graph, so that a gradient written for it reaches the parameters behind it.
+Rules for whole chains write out products with each layer's weight. For a layer that masks, normalises or reparametrises its
+weight, they get a plain PyTorch layer whose `weight` is the effective one. It is computed once per batch and keeps its
+graph, so that a gradient assigned to it reaches the parameters it was computed from.
 """
 
 from typing import Any, NamedTuple, cast
@@ -34,11 +34,11 @@ class Computed(NamedTuple):
 
 
 class Effective(nn.Module):
-    """Mixin of the plain layers: weight and bias are those that another layer computes.
+    """Mixin of the plain layers: weight and bias are computed by another layer.
 
     Attributes:
-        stands_for: the other layer; no submodule.
-        name: its name.
+        stands_for: the other layer; not a submodule.
+        name: name of the other layer.
     """
 
     stands_for: nn.Module
@@ -46,7 +46,7 @@ class Effective(nn.Module):
     _computed: Computed | None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies take along: not the graph of the last batch."""
+        """Return the state to copy, without the graph of the last batch."""
         return self.__dict__ | {"_computed": None}
 
     def forget(self) -> None:
@@ -55,7 +55,7 @@ class Effective(nn.Module):
 
     def _now(self) -> Computed:
         current = self._computed
-        if current is None:  # a batch, which moves buffers (spectral norm) as the layer's own pass does
+        if current is None:  # a new batch: updates buffers (spectral norm) as the layer's own forward does
             current = self.__dict__["_computed"] = _computed(self.name, self.stands_for)
         elif current.state != _state(self.stands_for):
             current = self.__dict__["_computed"] = _looked_up(self.name, self.stands_for)
@@ -98,29 +98,29 @@ def _computed(name: str, layer: nn.Module) -> Computed:
 
 
 def _looked_up(name: str, layer: nn.Module) -> Computed:
-    """The same between batches: buffers and random numbers stay as they are."""
+    """Compute the same between batches, leaving buffers and random numbers unchanged."""
     with undisturbed(layer):
         now = _computed(name, layer)
     return now._replace(state=_state(layer))
 
 
 def looked_at(layer: Layer) -> Tensor:
-    """The layer's attribute `weight`, whose shape and type are asked for; spectral norm's buffers stay as they are."""
+    """Return the layer's attribute `weight`, to read its shape and dtype, without changing the buffers of spectral norm."""
     with undisturbed(layer):
         return layer.weight
 
 
 def _state(source: nn.Module) -> list[tuple[int, int]]:
-    if torch.compiler.is_compiling():  # one graph is one batch, at whose beginning the weight is forgotten
+    if torch.compiler.is_compiling():  # one graph is one batch, and the weight is recomputed at its start
         return []
     return [(id(tensor), tensor._version) for tensor in (*source.parameters(), *source.buffers())]
 
 
 def affine(name: str, layer: nn.Module) -> Layer:
-    """The layer itself, if it computes with its own weight as it is; else a plain one of its effective weight.
+    """Return the layer itself if it computes with its own weight as is; else a plain layer with its effective weight.
 
     Raises:
-        UnsupportedModelError: the effective weight is not known, or no plain convolution applies it.
+        UnsupportedModelError: the effective weight is not known, or is not applied by a plain convolution.
     """
     if computes_plainly(layer):
         assert is_weighted(layer)
@@ -150,7 +150,7 @@ def affine(name: str, layer: nn.Module) -> Layer:
 
 
 def _like(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
-    """A layer of PyTorch's type with the other's options, which are its attributes, and without its parameters or hooks."""
+    """Return a layer of PyTorch's type with the given layer's options (attributes), but without its parameters or hooks."""
     kinds = {nn.Conv1d: EffectiveConv1d, nn.Conv2d: EffectiveConv2d, nn.Conv3d: EffectiveConv3d}
     kind: Any = next((twin for base, twin in kinds.items() if isinstance(layer, base)), EffectiveLinear)
     plain: nn.Module = kind.__new__(kind)
@@ -170,10 +170,10 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def require_affine(name: str, layer: nn.Module) -> None:
-    """At each batch: the layer still computes what :func:`affine` took it for.
+    """Check, at each batch, that the layer still computes what :func:`affine` assumed.
 
     Raises:
-        UnsupportedModelError: it was parametrised, pruned or given another forward since.
+        UnsupportedModelError: it has since been parametrised, pruned or given another forward.
     """
     if isinstance(layer, Effective):
         layer.forget()
@@ -185,7 +185,7 @@ def require_affine(name: str, layer: nn.Module) -> None:
 
 
 def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
-    """Refusal of a layer whose effective weight is not known."""
+    """Return the error for a layer whose effective weight is not known."""
     kind = type(layer).__name__
     if "forward" in layer.__dict__:
         what, remedy = "has its forward method replaced on the instance", "make it a module class and register that class"
@@ -195,17 +195,17 @@ def unknown_weight(name: str, layer: nn.Module) -> UnsupportedModelError:
 
 
 def require_unhooked(name: str, module: nn.Module, inputs: Tensor) -> None:
-    """Refuse hooks that change what a module makes of an input, or an error; those that only look at activities may stay.
+    """Refuse hooks that change a module's output or its error; hooks that only read activities are allowed.
 
     Raises:
-        UnsupportedModelError: names it.
+        UnsupportedModelError: names the module.
     """
     module = original(module)
     refuse_backward_hooks(name, module)
     if not is_hooked(module) or all(computes_weight(hook) for hook in _hooks(module)):
         return
     with torch.no_grad():
-        output: Tensor = module(inputs.clone())  # first: a hook may compute the weight
+        output: Tensor = module(inputs.clone())  # run this first: a hook may compute the weight
         own: Tensor = module.forward(inputs.clone())
     if not (own.shape == output.shape and torch.allclose(own, output, 0.0, 0.0, equal_nan=True)):
         raise UnsupportedModelError(

@@ -1,6 +1,6 @@
-"""Whether what was said of an activation when it was registered is what its forward computes, on a few numbers.
+"""Check on a few numbers whether an activation's registered properties match what its forward computes.
 
-A derivative that is another function's would train the chain's layers by wrong errors, and nothing later would show it.
+The derivative of a different function would train the chain's layers with wrong errors, and nothing later would reveal it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from apical.core.activations import Activation
 
 FAR = 1e-3
-"""Share of the largest number by which two formulas of one function may differ: numbers in the module may be float32."""
+"""Maximum difference between two formulas of one function, relative to the largest number: the module may hold float32."""
 SMALL = 1e-4
-"""Imaginary part b at which `phi(a + ib)` is `phi(a) + i phi'(a) b`."""
+"""Imaginary part b for which `phi(a + ib)` equals `phi(a) + i phi'(a) b`."""
 
 
 def potentials(columns: int = 4) -> Tensor:
-    """Numbers (5, columns) of both signs, none of them a whole number or a half."""
+    """Return numbers (5, columns) of both signs, none of them an integer or a half-integer."""
     return torch.linspace(-2.87, 3.19, 5 * columns, dtype=torch.float64, device="cpu").view(columns, 5).T
 
 
 def _taken(phi: nn.Module) -> Tensor | None:
-    """Potentials that the module can be run on: as wide as one of its vectors, if it has a number for each unit."""
+    """Return potentials that the module accepts: as wide as one of its vectors, if it has one number per unit."""
     own = [*phi.parameters(), *phi.buffers()]
     for columns in dict.fromkeys((4, *(vector.numel() for vector in own if vector.numel()))):
         v = potentials(columns).to(own[0].device if own else "cpu")
@@ -41,7 +41,7 @@ def _taken(phi: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def acts_on_each(phi: nn.Module) -> bool:
-    """Whether a module maps each number of (rows, columns) alone, the same at every call; False where it cannot be run."""
+    """Return whether a module maps each number of (rows, columns) separately and repeatably; False if it cannot be run."""
     v = potentials().to(next(phi.buffers(), torch.empty(0)).device)
     row, column = v.clone(), v.clone()
     row[::2] += 0.31
@@ -57,15 +57,15 @@ def acts_on_each(phi: nn.Module) -> bool:
 
 
 def require_agreement(module: nn.Module, said: "Activation") -> None:
-    """Refuse what was said of a type of activations, where its forward computes something else.
+    """Refuse properties registered for a type of activation if its forward computes something else.
 
     Args:
-        module: an activation of the type.
-        said: what :func:`apical.register_activation` was told.
+        module: an activation of that type.
+        said: the properties passed to :func:`apical.register_activation`.
 
     Raises:
-        ConfigError: it has parameters, or does not act on each neuron alone, though that was said; or a formula is another
-            function's.
+        ConfigError: it has parameters, or is not elementwise although it was registered as such; or a formula does not match
+            its forward.
     """
     from apical.core.activations import plain
 
@@ -98,7 +98,7 @@ def require_agreement(module: nn.Module, said: "Activation") -> None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding where the second is finite."""
+    """Return whether two tensors are equal up to rounding wherever the second is finite."""
     there = b.isfinite()
     scale = float(b[there].abs().max()) if bool(there.any()) else 0.0
     return bool(((a - b)[there].abs() <= FAR * scale + 1e-12).all())

@@ -1,4 +1,4 @@
-"""Attention from its parts, and what of its backward pass a rule keeps.
+"""Attention computed from its parts, and how much of its backward pass a rule keeps.
 
 One head, X (T x d), s = 1 / sqrt(d_h):
 
@@ -12,8 +12,8 @@ the error, at the strength with which these were read.
     "fixed"    A is a constant: no dS; values and output projection learn
     "present"  K is a constant, and dV_t = A_tt dY_t: credit for the present position alone
 
-The source of the two options is ours. The four projections go through a function that rules may replace, to put their
-feedback on each: the packed weight of `nn.MultiheadAttention` comes to it as three blocks of rows.
+These two options are ours. The four projections go through a function that rules may replace, to give each its own
+feedback: the packed weight of `nn.MultiheadAttention` is passed to it as three blocks of rows.
 """
 
 import math
@@ -37,7 +37,7 @@ Linear = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def plain(name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The projection itself."""
+    """Apply the projection itself."""
     return F.linear(inputs, weight, bias)
 
 
@@ -69,13 +69,13 @@ class _Present(torch.autograd.Function):
 
 
 def weights(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
-    """`A = softmax(s Q K^T + mask)`, (..., queries, keys); zero where the mask leaves a query no key.
+    """Return `A = softmax(s Q K^T + mask)`, (..., queries, keys); zero for a query whose keys are all masked.
 
     Args:
         q: (..., queries, head width).
         k: (..., keys, head width).
-        mask: to be added, broadcast to (..., queries, keys).
-        dropout: share of A that is dropped.
+        mask: added to the scores; broadcast to (..., queries, keys).
+        dropout: fraction of A that is dropped.
         scale: s.
     """
     scores = (q * scale) @ k.transpose(-2, -1)
@@ -96,18 +96,18 @@ def mixed(
     attention: Attention = "exact",
     extra: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`Y = A V` and A, with the backward pass of `attention`.
+    """Return `Y = A V` and A, with the backward pass selected by `attention`.
 
     Args:
         q, k, v: (..., positions, head width).
-        mask: to be added to the scores.
-        dropout: share of A that is dropped.
+        mask: added to the scores.
+        dropout: fraction of A that is dropped.
         scale: s; 1 / sqrt(head width) by default.
-        attention: what of the backward pass is kept.
-        extra: how many keys, the last ones, belong to no position, as a learned bias; they keep their exact derivative.
+        attention: how much of the backward pass is kept.
+        extra: number of trailing keys that belong to no position, such as a learned bias; they keep their exact derivative.
 
     Raises:
-        UnsupportedModelError: "present" where keys and queries have other positions.
+        UnsupportedModelError: "present" if keys and queries have different positions.
 
     >>> q = k = v = torch.eye(2, requires_grad=True)
     >>> y, a = mixed(q, k, v, attention="fixed")
@@ -140,12 +140,12 @@ def _linked(y: Tensor, *others: Tensor) -> Tensor:
 
 
 def _past(rows: Tensor, own: int) -> Tensor:
-    """Rows of positions as constants, and the others as they are."""
+    """Return rows that belong to positions as constants, and the others unchanged."""
     return rows.detach() if own == rows.shape[-2] else torch.cat([rows[..., :own, :].detach(), rows[..., own:, :]], -2)
 
 
 def added(mask: Tensor | None, dtype: torch.dtype, masked: bool) -> Tensor | None:
-    """A mask to be added to scores: -inf where a mask of truth values is `masked`."""
+    """Return a mask to add to the scores: -inf where a boolean mask equals `masked`."""
     if mask is None or mask.is_floating_point():
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == masked, -math.inf)
@@ -163,7 +163,7 @@ def scaled_dot_product(
     *,
     attention: Attention = "exact",
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` with the backward pass of `attention`; arguments are those of PyTorch's function.
+    """Compute `F.scaled_dot_product_attention` with the backward pass selected by `attention`; same arguments as PyTorch's.
 
     >>> x = torch.randn(1, 2, 4, 3)
     >>> y = scaled_dot_product(x, x, x, is_causal=True)
@@ -178,7 +178,7 @@ def scaled_dot_product(
 
 
 def causal(queries: int, keys: int, like: Tensor) -> Tensor:
-    """The mask (queries, keys) to be added, that hides keys behind a query's own place."""
+    """Return the additive mask (queries, keys) that hides keys after a query's own position."""
     full = torch.full((queries, keys), -math.inf, dtype=like.dtype, device=like.device)
     return full.triu(1)
 
@@ -213,14 +213,14 @@ def multi_head(
     attention: Attention = "exact",
     linear: Linear = plain,
 ) -> tuple[Tensor, Tensor | None]:
-    """`F.multi_head_attention_forward` from its parts; arguments are those of PyTorch's function, and moments come first.
+    """Compute `F.multi_head_attention_forward` from its parts; same arguments as PyTorch's; positions are the first axis.
 
     Args:
-        attention: what of the backward pass is kept.
-        linear: makes the projections.
+        attention: how much of the backward pass is kept.
+        linear: applies the projections.
 
     Raises:
-        UnsupportedModelError: static keys or values; "present" with keys of other positions.
+        UnsupportedModelError: static keys or values; "present" with keys at other positions.
         ConfigError: `is_causal` without its mask, as in PyTorch.
     """
     if static_k is not None or static_v is not None:
@@ -272,7 +272,7 @@ def multi_head(
 def _merged(
     mask: Tensor | None, padding: Tensor | None, samples: int, heads: int, extra: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks of multi-head attention as one to be added to scores (samples, heads, queries, keys)."""
+    """Return both masks of multi-head attention as one additive mask for scores (samples, heads, queries, keys)."""
     parts = []
     if mask is not None:
         mask = cast(Tensor, added(mask, dtype, True))
@@ -297,11 +297,11 @@ def attend(
     attention: Attention = "exact",
     linear: Linear = plain,
 ) -> tuple[Tensor, Tensor | None]:
-    """The forward pass of `nn.MultiheadAttention` from its parts; arguments are those of the module.
+    """Compute the forward pass of `nn.MultiheadAttention` from its parts; same arguments as the module's.
 
     Args:
-        attention: what of the backward pass is kept.
-        linear: makes the projections, from blocks of the packed weight.
+        attention: how much of the backward pass is kept.
+        linear: applies the projections, given blocks of the packed weight.
 
     >>> module = nn.MultiheadAttention(4, 2, batch_first=True)
     >>> x = torch.randn(3, 5, 4)
@@ -310,7 +310,7 @@ def attend(
     """
     turned = module.batch_first and query.dim() == 3
     if turned:
-        rows = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}  # one tensor stays one
+        rows = {id(tensor): tensor.transpose(0, 1) for tensor in (query, key, value)}  # one tensor stays one tensor
         query, key, value = (rows[id(tensor)] for tensor in (query, key, value))
     separate = not module._qkv_same_embed_dim
     output, a = multi_head(
@@ -333,15 +333,15 @@ def attend(
 
 
 class Attending(TorchFunctionMode):
-    """While it is switched on, attention computes the backward pass of `attention`, and attention that cannot is refused.
+    """Mode under which attention uses the backward pass selected by `attention`; attention that cannot do so is refused.
 
     Args:
         attention: "fixed" or "present".
-        model: names the modules.
-        looks: also look for attention written by hand.
+        model: used to name modules.
+        looks: whether to look for hand-written attention as well.
 
     Attributes:
-        seen: calls of attention.
+        seen: number of calls of attention.
     """
 
     def __init__(self, attention: Attention, model: nn.Module, looks: bool) -> None:
@@ -352,7 +352,7 @@ class Attending(TorchFunctionMode):
         self._own: tuple[str, str] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The call, or its substitute."""
+        """Return the result of the call, or of its substitute."""
         kwargs = kwargs or {}
         ours = _SUBSTITUTES.get(func)
         if ours is not None:
@@ -372,7 +372,7 @@ class Attending(TorchFunctionMode):
         return result
 
     def _look(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Follow what a softmax over positions made, to a product with activities."""
+        """Follow the result of a softmax over positions until it is multiplied with activities."""
         name = getattr(func, "__name__", "")
         if not isinstance(result, Tensor) or not result.requires_grad:
             return
@@ -385,7 +385,7 @@ class Attending(TorchFunctionMode):
             self._maps[id(result)] = result
 
     def _where(self) -> str:
-        """Name of the module whose forward pass makes the call."""
+        """Return the name of the module whose forward pass makes the call."""
         if torch.compiler.is_compiling():
             return "the model"
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -399,9 +399,9 @@ class Attending(TorchFunctionMode):
         return type(self.model).__name__
 
     def report(self) -> None:
-        """Refuse attention written by hand, and a model without attention.
+        """Refuse hand-written attention, and a model without attention.
 
-        Afterwards, since an operator would take the error for its own.
+        Called after the pass: an operator would treat an error raised inside it as its own.
 
         Raises:
             UnsupportedModelError: names the module and the function, or the model.
@@ -428,10 +428,10 @@ _SUBSTITUTES: dict[Any, Callable[..., Any]] = {
 
 
 def attended(rule: CreditRule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Credit:
-    """Credit for one batch, with the backward pass of attention that the rule's option says.
+    """Compute the credit for one batch with the backward pass of attention set by the rule's option.
 
     Raises:
-        UnsupportedModelError: it is compiled before it has seen the model at work; or see :meth:`Attending.report`.
+        UnsupportedModelError: the model is compiled before it was run eagerly once; or see :meth:`Attending.report`.
     """
     compiling, looks = torch.compiler.is_compiling(), torch.is_grad_enabled() and not rule._has_attended
     if compiling and not rule._has_attended:

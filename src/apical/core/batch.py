@@ -15,29 +15,29 @@ ELEMENTWISE = (
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, squared_error),
     *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits),
 )
-"""Losses that compare outputs and targets element by element, and spread the smaller over the larger unasked."""
+"""Losses that compare outputs and targets elementwise, and silently broadcast the smaller to the larger."""
 
 MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
-"""The same as modules."""
+"""The same losses as modules."""
 
 
 def require_samples(inputs: Tensor) -> None:
     """Refuse an empty batch.
 
     Raises:
-        ConfigError: it holds no sample.
+        ConfigError: the batch has no samples.
     """
     if len(inputs) == 0:
         raise ConfigError("the batch is empty: credit is a mean over samples")
 
 
 def require_shape(name: str, made: Tensor, shape: Sequence[int]) -> None:
-    """Refuse what a layer or block makes of samples of another shape than it was made for.
+    """Refuse samples for which a layer or block gives another output shape than the rule was made for.
 
     Args:
-        name: the layer's.
+        name: name of the layer.
         made: the output (batch, ...).
-        shape: of one sample's output.
+        shape: expected output shape of one sample.
 
     Raises:
         UnsupportedModelError: names the layer.
@@ -50,10 +50,10 @@ def require_shape(name: str, made: Tensor, shape: Sequence[int]) -> None:
 
 
 def fitted(loss: Loss, output: Tensor, targets: Tensor) -> Tensor:
-    """Targets in the output's shape where the loss compares element by element, (N,) for (N, 1) among them; else as given.
+    """Return targets in the output's shape if the loss is elementwise, e.g. (N,) for (N, 1); else unchanged.
 
     Raises:
-        ConfigError: another number of samples, or numbers of another shape.
+        ConfigError: the number of samples differs, or numeric targets have another shape.
     """
     if targets.dim() == 0 or len(targets) != len(output):
         raise ConfigError(
@@ -77,10 +77,10 @@ def _without_ones(values: Tensor) -> tuple[int, ...]:
 
 
 def require_rows(what: str, inputs: object, output: object = None) -> None:
-    """Refuse inputs, and an output if given, that are not one tensor of finite numbers with a row for each sample.
+    """Refuse inputs, and an output if given, that are not one tensor of finite numbers with a row per sample.
 
     Args:
-        what: needs them, for the message.
+        what: name of what needs them, for the message.
 
     Raises:
         ConfigError: says what they are instead.
@@ -102,7 +102,7 @@ def require_classes(targets: Tensor, classes: int) -> None:
     """Refuse class labels outside 0..classes - 1; compiled graphs are not checked.
 
     Raises:
-        ConfigError: naming the label.
+        ConfigError: names the label.
     """
     if targets.is_floating_point() or torch.compiler.is_compiling() or not targets.numel():
         return
@@ -119,11 +119,11 @@ def require_classes(targets: Tensor, classes: int) -> None:
 
 
 def counted(targets: Tensor, error: Tensor) -> Tensor | None:
-    """Numbers of the samples that count (n,), or None where all do: the loss leaves out those of a negative class.
+    """Return the indices of the samples that count (n,), or None if all do: the loss ignores samples of a negative class.
 
     Args:
-        targets: class labels (batch,); of any others every sample counts.
-        error: the loss's gradient (batch, ...), which is zero for samples left out.
+        targets: class labels (batch,); with any other targets every sample counts.
+        error: the loss's gradient (batch, ...), which is zero for ignored samples.
 
     Raises:
         ConfigError: no sample counts.
@@ -137,14 +137,14 @@ def counted(targets: Tensor, error: Tensor) -> Tensor | None:
 
 
 def widened(inputs: Tensor, model: nn.Module) -> Tensor:
-    """Inputs in a model's own type, for rules that turn autocast off inside: it would take them in a shorter one."""
+    """Return inputs in the model's dtype, for rules that turn autocast off inside: it would use a shorter one."""
     weight = next(model.parameters(), inputs)
     takes = torch.is_autocast_enabled(inputs.device.type) and weight.dtype is torch.float32
     return inputs.to(weight.dtype) if takes else inputs
 
 
 def require_precision(rule: str, weight: Tensor) -> None:
-    """Refuse half precision, in which the small differences of activities that a rule learns from are lost.
+    """Refuse half precision, which loses the small differences between activities from which a rule learns.
 
     Raises:
         UnsupportedModelError: the weight is neither float32 nor float64.
@@ -161,9 +161,9 @@ def require_one_type(rule: str, weight: Tensor, feedback: Iterable[Tensor]) -> N
     """Refuse a model that was moved without its rule.
 
     Args:
-        rule: its name.
-        weight: of the model.
-        feedback: what the rule itself holds; the first is looked at.
+        rule: name of the rule.
+        weight: a weight of the model.
+        feedback: tensors that the rule itself holds; the first one is checked.
 
     Raises:
         ConfigError: dtype or device differ.

@@ -1,9 +1,9 @@
 """Models as a row of blocks.
 
-A block is what lies between two populations whose activity a rule looks at: a weighted layer with what shapes its input
-(flattening, upsampling) and what follows it (normalisation, activation, pooling); or a whole module with skips inside.
-Unlike the stages of :mod:`apical.core.chain` a block need not be affine-then-element-wise; its own derivative is left to
-autograd.
+A block is what lies between two populations whose activities a rule reads: a weighted layer with the modules that shape its
+input (flattening, upsampling) and those that follow it (normalisation, activation, pooling); or a whole module with skips.
+Unlike the stages of :mod:`apical.core.chain`, a block need not be affine and then elementwise; autograd computes its
+derivative.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ class Block:
 
     Attributes:
         name: module name of the weighted layer, or of the module that holds skips.
-        layer: the layer; the first one where there are skips.
+        layer: the layer; with skips, the first one.
         modules: all modules of the block in order.
         input_shape: of one sample.
         shape: of one sample's output.
-        image: of the output before flattening, where the block ends with that; otherwise `shape`.
-        seen: of the first image that the block's leading modules make of a flat input; otherwise `input_shape`.
+        image: shape of the output before flattening, if the block ends with that; otherwise `shape`.
+        seen: shape of the first image that the block's leading modules make from a flat input; otherwise `input_shape`.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Block:
         return through(self.modules, activity)
 
     def require_shape(self, made: Tensor) -> None:
-        """Refuse what the block makes of samples of another shape than it was made for, for rules to which sizes matter.
+        """Refuse an output of another shape than the block was made for, for rules that depend on sizes.
 
         Args:
-            made: its output (batch, ...).
+            made: the block's output (batch, ...).
 
         Raises:
             UnsupportedModelError: names the layer.
@@ -63,28 +63,28 @@ class Block:
 
     @property
     def like(self) -> Tensor:
-        """A parameter of the layer, for its type and device: a weight that is computed has another type under autocast."""
+        """Parameter of the layer, for its dtype and device: a computed weight has another dtype under autocast."""
         own = next((parameter for parameter in self.layer._parameters.values() if parameter is not None), None)
         return next(self.layer.parameters()) if own is None else own
 
     @property
     def tail(self) -> tuple[nn.Module, ...]:
-        """The modules behind the layer."""
+        """The modules after the layer."""
         return self.modules[self.modules.index(self.layer) + 1 :]
 
 
 def blocks(
     model: nn.Module, input_shape: Sequence[int] | None = None, *, skips: bool = False
 ) -> tuple[list[nn.Module], list[Block]]:
-    """Modules before the first weighted layer, and the blocks, in the order in which the model calls them.
+    """Return the modules before the first weighted layer, and the blocks, in the order in which the model calls them.
 
     Args:
-        model: the network; it is only read, and run on zeros.
-        input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
-        skips: take a module that is no row inside (a residual block, say) as one block, with what follows it.
+        model: the network; it is not changed, only run on zeros.
+        input_shape: shape of one sample; required for convolutions, whose sizes depend on it.
+        skips: treat a module that is not a row inside (such as a residual block) as one block, with what follows it.
 
     Raises:
-        UnsupportedModelError: the model is no such row, or a module has no place in one; it is named.
+        UnsupportedModelError: the model is not such a row, or a module does not fit in one; the message names it.
     """
     layers = weighted_layers(model, exact=None)
     example = example_of(layers, input_shape)
@@ -120,17 +120,17 @@ def blocks(
 
 @torch.no_grad()
 def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
-    """The outermost modules with weights, but for the model itself, that do more than call their children in a row.
+    """Return the outermost modules with weights, except the model itself, that do more than call their children in sequence.
 
     Args:
-        model: the network; it is only read.
+        model: the network; it is not changed.
         example: a batch of its inputs.
     """
     from apical.core.wrappers import uncompiled
 
     atoms = {part for _, leaf in leaves(model) for part in leaf.modules()}
     names = {module: name for name, module in model.named_modules()}
-    waiting: list[list[Call]] = [[]]  # what was called by each module that is being called
+    waiting: list[list[Call]] = [[]]  # calls made so far by each module whose forward is running
     found: dict[str, nn.Module] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -151,7 +151,7 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
         with evaluating(model), undisturbed(model), uncompiled(model):
             model(example.clone())
     except Exception:
-        return {}  # the trace will say so
+        return {}  # tracing will report the error
     finally:
         for hook in hooks:
             hook.remove()
@@ -160,14 +160,14 @@ def branching(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
 
 
 def _start(calls: Sequence[Call], place: int) -> int:
-    """Where the block of the layer at `place` starts: at the leading modules right before it."""
+    """Return where the block of the layer at `place` starts: at the leading modules directly before it."""
     while place and shapes_input(calls[place - 1].module):
         place -= 1
     return place
 
 
 def _precision(layer: nn.Module) -> torch.dtype:
-    """In which type a layer's weight is kept; a weight that a hook computes may still have a former one."""
+    """Return the dtype in which a layer's weight is stored; a weight computed by a hook may still have an earlier one."""
     own = layer._parameters.get("weight")
     return (next(layer.parameters()) if own is None else own).dtype
 

@@ -31,7 +31,7 @@ _checked: set[tuple[Any, ...]] = set()
 
 
 def eagerly(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The call, kept out of compiled graphs. The compiler is asked now: importing it takes as long as importing PyTorch."""
+    """Call a function outside of compiled graphs. The compiler is imported only now, as that takes as long as PyTorch."""
     if "torch._dynamo" in sys.modules:
         call = torch.compiler.disable(call)
     return call(*args, **kwargs)
@@ -42,13 +42,13 @@ eagerly._torchdynamo_disable_msg = UNCOMPILED  # type: ignore[attr-defined]
 
 
 class Bundle:
-    """What a rule knows of one packed module.
+    """What a rule stores about one packed module.
 
     Args:
-        name: the module's.
+        name: name of the module.
         wrapped: its wrapper.
         parts: its weights, by their names in the rule.
-        feedback: what makes the feedback of a part in the backward pass of this call.
+        feedback: returns a function that computes the feedback of a part in the backward pass of this call.
         first: the part that was taken for the first layer, if it is one of these.
         project: `project(part, block, input, weight, bias)`, one projection of attention with its own feedback, for
             compiled graphs, in which there is no swap.
@@ -70,7 +70,7 @@ class Bundle:
         self._checked = False
 
     def refuse_substitutes(self) -> None:
-        """Refuse a weight that is made by a function of other parameters.
+        """Refuse a weight that is computed from other parameters.
 
         Raises:
             UnsupportedModelError: names the part.
@@ -83,12 +83,12 @@ class Bundle:
                 )
 
     def settle(self) -> None:
-        """After the forward pass: a recurrent network forgets what stood in for its weights."""
+        """Restore, after the forward pass, the weights of a recurrent network that were replaced."""
         if isinstance(self.module, RNNBase) and any(w is not None and not w.is_leaf for w in self.module._flat_weights):
             self.module._flat_weights = [getattr(self.module, name, None) for name in self.module._flat_weights_names]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass, with feedback in place of its weights in the backward pass."""
+        """Run the module's forward pass, with feedback in place of its weights in the backward pass."""
         if not torch.is_grad_enabled():
             refuse_hidden(self.name)
             return self.forward(*args, **kwargs)
@@ -98,7 +98,7 @@ class Bundle:
         return eagerly(self._call, *args, **kwargs)
 
     def _projected(self, kind: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """One of the projections "q", "k", "v", "out" of attention."""
+        """Compute one of the projections "q", "k", "v", "out" of attention."""
         prefix = f"{self.name}." if self.name else ""
         if f"{prefix}{kind}_proj" in self.parts:
             return self.project(f"{prefix}{kind}_proj", 0, inputs, weight, bias)
@@ -116,7 +116,7 @@ class Bundle:
             self._check(args, kwargs)
         with self._ready(args, kwargs) as weights, self.swap.over(weights):
             result = self.forward(*args, **kwargs)
-        if self.first in self.swap.met and not is_packed(self.module):  # the error at its input will take the weight
+        if self.first in self.swap.met and not is_packed(self.module):  # the error at its input will use the weight
             self._refuse_error_at_first()
         return result
 
@@ -131,7 +131,7 @@ class Bundle:
 
     @contextmanager
     def _ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as the call will keep them: under autocast, cast beforehand; no kernels that pack them elsewhere."""
+        """Yield the weights as the call will keep them: already cast under autocast; without kernels that repack them."""
         weights = {name: part._parameters["weight"] for name, part in self.parts.items()}
         device = next(iter(weights.values())).device.type
         native = torch.backends.cudnn.flags(enabled=False) if device == "cuda" and isinstance(self.module, RNNBase) else None
@@ -145,7 +145,7 @@ class Bundle:
                 yield list(cast.items())
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Once for each kind of module and device: notes of the weights lead to the gradients that the weights lead to.
+        """Check, once per kind of module and device, that the notes of the weights give the same gradients as the weights.
 
         Raises:
             UnsupportedModelError: they do not.
@@ -194,7 +194,7 @@ class Bundle:
     ) -> tuple[list[Tensor | None], set[str], set[str]]:
         """Return the gradients of inputs and parameters from a separate call, the parts used, and those met.
 
-        Of a user's module: no gradients, and without feedback the parts that it applies as (n_in, n_out).
+        For a user's module: no gradients, and without feedback the parts that it applies as (n_in, n_out).
         """
         copies: dict[int, Tensor] = {}
 
@@ -229,7 +229,7 @@ class Bundle:
 
 
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors by which the error leaves the module to what lies below: no masks, no states."""
+    """Return the tensors through which the error leaves the module towards earlier layers: no masks, no states."""
     values = list(args) + list(kwargs.values())
     if isinstance(module, nn.MultiheadAttention):
         names = ("query", "key", "value")
@@ -241,7 +241,7 @@ def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @contextmanager
 def _placed(module: nn.Module, weights: Mapping[Part, Tensor]) -> Iterator[None]:
-    """Within, tensors stand in place of parameters."""
+    """Replace parameters by tensors within this context."""
     before = {part: part.module._parameters[part.parameter] for part in weights}
     flat: dict[str, Any] = {
         key: module.__dict__[key] for key in ("_flat_weights", "_flat_weight_refs") if key in module.__dict__

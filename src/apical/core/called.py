@@ -1,6 +1,6 @@
-"""Functions that a model calls between its modules, as the modules that compute the same.
+"""Functions that a model calls between its modules, represented by modules that compute the same.
 
-`F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain as `nn.ReLU()`, `nn.Flatten()` and
+`F.relu(x)`, `x.flatten(1)` and `F.avg_pool2d(x, 2)` are steps of a chain just as `nn.ReLU()`, `nn.Flatten()` and
 `nn.AvgPool2d(2)` are, and so is `x.mean((2, 3))`. A function is taken for a module if the two agree, bit for bit, on random
 numbers of its input's shape. An activation with a number of its own (`F.leaky_relu(x, self.slope)`) is not: no one would see
 the number change.
@@ -20,11 +20,11 @@ FAKE = "tensors under FakeTensorMode have no values, which this rule needs; make
 
 
 class Mean(nn.Module):
-    """Mean over dimensions other than that of the samples, as `x.mean((2, 3))` takes it.
+    """Mean over dimensions other than the batch dimension, as in `x.mean((2, 3))`.
 
     Args:
         dim: one dimension or several.
-        keepdim: leave dimensions of size 1 in their place.
+        keepdim: whether to keep the reduced dimensions with size 1.
 
     >>> Mean((2, 3))(Tensor(2, 5, 4, 4)).shape
     torch.Size([2, 5])
@@ -35,11 +35,11 @@ class Mean(nn.Module):
         self.dim, self.keepdim = (dim,) if isinstance(dim, int) else tuple(dim), keepdim
 
     def forward(self, v: Tensor) -> Tensor:
-        """(batch, ...)."""
+        """Average (batch, ...) over the dimensions."""
         return v.mean(self.dim, self.keepdim)
 
     def extra_repr(self) -> str:
-        """Options, as printed."""
+        """Return the options as printed."""
         return f"dim={self.dim}, keepdim={self.keepdim}"
 
 
@@ -59,37 +59,37 @@ _POOLS = tuple(
 MODULES: dict[str, type[nn.Module]] = {
     function: getattr(nn, kind) for function, kind in map(str.split, (*_ACTIVATIONS, *_POOLS))
 }
-"""Functions by name, and the modules whose arguments are theirs in the same order."""
+"""Functions by name, and the modules that take the same arguments in the same order."""
 
 RESHAPING = ("flatten", "view", "reshape")
-"""Functions that may make one row of each sample, as `nn.Flatten()` does."""
+"""Functions that may flatten each sample to one row, as `nn.Flatten()` does."""
 
 VALUES = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "equal", "allclose")
-"""Functions that hand numbers of a tensor to Python."""
+"""Functions that return a tensor's values to Python."""
 
 UNHEARD = ("input", "inplace", "_stacklevel", "dtype", "return_indices")
-"""Arguments that change nothing between the two; a `dtype` that does is found out by comparison."""
+"""Arguments that make no difference between function and module; a `dtype` that does is detected by comparison."""
 
 
 class Call(NamedTuple):
-    """One call of a module without children, or of a function: what it was given and what it made."""
+    """One call of a function or of a module without children, with its input and its result."""
 
     name: str
     module: nn.Module
     given: Tensor
     made: Tensor
-    entered: int  # version of `given` when the module was called: a change in place leaves the tensor the same object
+    entered: int  # version of `given` at the call: a change in place leaves the tensor the same object
     left: int  # version of `made` when it returned
     is_function: bool = False
 
     @property
     def label(self) -> str:
-        """What it is, for messages."""
+        """Description of the call, for messages."""
         return f"{'function' if self.is_function else 'module'} {self.name!r}"
 
 
 class Functions(TorchFunctionMode):
-    """While it is switched on, calls of functions that some module could make are noted as that module's.
+    """Mode that records calls of functions that a module could compute as calls of that module.
 
     Args:
         note: is handed each call.
@@ -99,10 +99,10 @@ class Functions(TorchFunctionMode):
     def __init__(self, note: Callable[[Call], None], before: dict[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.note, self.modules = note, {} if before is None else before
-        self.deep = 0  # calls of modules that are under way
+        self.deep = 0  # number of module calls in progress
         self.where = "the model's forward"
         self.counts: dict[str, int] = {}
-        self.makers: list[tuple[Tensor, str]] = []  # and what made them; tensors are held so that no other takes their id
+        self.makers: list[tuple[Tensor, str]] = []  # with its function; kept alive so that ids stay unique
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -123,7 +123,7 @@ class Functions(TorchFunctionMode):
         self.makers.append((result, name))
         if given is not None and given.is_floating_point():
             module = module_of(func, given, args[1:], options)
-            if isinstance(module, Mean) and not module.keepdim and result.dim() == 2:  # a map of one place, made flat
+            if isinstance(module, Mean) and not module.keepdim and result.dim() == 2:  # one position, flattened
                 module = Mean(module.dim, keepdim=True)
                 kept = module(given)
                 self._hear(name, module, given, kept, entered)
@@ -136,7 +136,7 @@ class Functions(TorchFunctionMode):
         self.note(Call(*self._known(f"F.{name}", module), given, made, entered, made._version, True))
 
     def _known(self, name: str, module: nn.Module) -> tuple[str, nn.Module]:
-        """Name of this call, and the module that an earlier pass has for it."""
+        """Return the name of this call, and the module that an earlier pass created for it."""
         count = self.counts.get(name, 0)
         self.counts[name] = count + 1
         name = f"{name}#{count}" if count else name
@@ -145,14 +145,14 @@ class Functions(TorchFunctionMode):
         return name, self.modules[name]
 
     def maker(self, tensor: Tensor) -> str | None:
-        """Name of the function that made a tensor, or changed it in place last."""
+        """Return the name of the function that made a tensor, or last changed it in place."""
         return next((name for made, name in reversed(self.makers) if made is tensor), None)
 
 
 def module_of(
     function: Callable[..., Any], given: Tensor, arguments: Sequence[Any], options: dict[str, Any]
 ) -> nn.Module | None:
-    """The module that computes what `function(given, *arguments, **options)` does; None if none is known.
+    """Return a module that computes the same as `function(given, *arguments, **options)`; None if there is none.
 
     >>> module_of(torch.relu, torch.zeros(2, 3), (), {}), module_of(torch.cumsum, torch.zeros(2, 3), (1,), {})
     (ReLU(), None)
@@ -167,7 +167,7 @@ def module_of(
         elif name == "mean":
             module = Mean(*arguments, **own)
             if any(dim % given.dim() == 0 for dim in module.dim):
-                return None  # over the samples
+                return None  # over the batch
         elif name in MODULES and not _has_number(name, [*arguments, *own.values()]):
             module = MODULES[name](*arguments, **own)
         else:
@@ -185,7 +185,7 @@ def _has_number(name: str, options: Sequence[Any]) -> bool:
 
 
 def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
-    """The calls of modules, and of functions those on whose result the output rests."""
+    """Return the calls of modules, and those calls of functions that the output depends on."""
     kept: list[Call] = []
     at = output
     for call in reversed(calls):
@@ -196,14 +196,14 @@ def on_path(calls: Sequence[Call], output: Any) -> list[Call]:
 
 
 def are_fake() -> bool:
-    """Whether tensors hold no numbers, as PyTorch's `FakeTensorMode` is active."""
-    if torch.compiler.is_compiling():  # whose own tensors are such
+    """Return whether tensors hold no values because PyTorch's `FakeTensorMode` is active."""
+    if torch.compiler.is_compiling():  # the compiler's own tensors are fake
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def not_run(example: Tensor, error: Exception) -> UnsupportedModelError:
-    """What to say of a model whose forward pass on one tensor, an example of the right shape, has failed."""
+    """Return the error for a model whose forward pass failed on an example tensor of the right shape."""
     if are_fake():
         return UnsupportedModelError(f"the model cannot be run here: {FAKE}")
     return UnsupportedModelError(

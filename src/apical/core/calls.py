@@ -1,8 +1,8 @@
-"""Calls of functions in a forward pass, which no module's hook sees: `F.relu(x)`, `torch.tanh(x)`, `x.relu_()`, `x + y`.
+"""Function calls in a forward pass, which module hooks do not see: `F.relu(x)`, `torch.tanh(x)`, `x.relu_()`, `x + y`.
 
-`torch.overrides` hands every call of PyTorch's functions on tensors to a mode that is switched on, eager and compiled alike,
-at about 2 microseconds each. A module calls the function of its name, so the calls inside an activation module are not
-counted again.
+`torch.overrides` passes every call of a PyTorch function on tensors to an active mode, both eager and compiled, at a cost of
+about 2 microseconds each. A module calls the function of the same name, so calls inside an activation module are not
+counted twice.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NAMES = (
     *("softplus", "softsign", "hardtanh", "hardsigmoid", "hardswish", "logsigmoid", "tanhshrink", "hardshrink"),
     *("softshrink", "threshold", "expit"),
 )
-"""Activations by their names in `torch.nn.functional`, `torch` and `Tensor`; with "_" behind they work in place."""
+"""Activations by their names in `torch.nn.functional`, `torch` and `Tensor`; with "_" appended they work in place."""
 
 AVERAGES = (
     "mean",
@@ -29,16 +29,16 @@ AVERAGES = (
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
 )
-"""Functions that average over places, so that the error at each place has only its share."""
+"""Functions that average over positions, so that each position gets only its share of the error."""
 
 PRODUCTS = {
     *("linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "einsum", "tensordot"),
     *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
 }
-"""Functions that multiply activities by a weight they are given."""
+"""Functions that multiply activities by a weight that they are given."""
 
 NORMALISATIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
-"""Functions behind which the size of weights does not matter."""
+"""Functions after which the size of the preceding weights does not matter."""
 
 FUNCTIONS = frozenset(
     function
@@ -51,15 +51,15 @@ FUNCTIONS = frozenset(
 
 
 def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function in a form that `torch.compile` follows below function modes."""
+    """Return the same function in a form that `torch.compile` can trace below function modes."""
     return torch.unflatten if function is Tensor.unflatten else function
 
 
 class Listener(Protocol):
-    """Whoever wants to know of calls."""
+    """Receives function calls."""
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
-        """Take note of a call; what is returned is what the caller gets."""
+        """Record a call; the return value is passed to the caller."""
 
 
 class Calls(TorchFunctionMode):

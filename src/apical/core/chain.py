@@ -1,10 +1,10 @@
-"""Feed-forward chains: models that are one weighted layer after another, with an element-wise activation behind each.
+"""Feed-forward chains: models that are a sequence of weighted layers, each followed by an elementwise activation.
 
     v_i = W_i r_{i-1} + b_i,   r_i = phi_i(v_i),   i = 1..L,   r_0 = input
 
-Rules whose mathematics is about the whole chain (feedback control, targets, equilibria) need it as a list of stages. It is
-found by running the model once and looking at what each module was given, so any `nn.Module` will do whose modules hand
-their outputs on one to the next.
+Rules whose equations describe the whole chain (feedback control, targets, equilibria) need it as a list of stages. The list
+is obtained by running the model once and recording the input of each module, so it works for any `nn.Module` whose modules
+pass their outputs from one to the next.
 """
 
 import math
@@ -42,11 +42,11 @@ from apical.core.units import enumerated, leaves, weighted_layers
 from apical.errors import ApicalError, UnsupportedModelError
 
 FEW_OUTPUTS = 64
-"""Of a small chain."""
+"""Maximum number of outputs of a small chain."""
 
 
 def through(modules: Iterable[Callable[[Tensor], Tensor]], activity: Tensor) -> Tensor:
-    """What modules, or blocks, one after another make of an activity (batch, ...)."""
+    """Apply modules, or blocks, one after another to an activity (batch, ...)."""
     for module in modules:
         activity = module(activity)
     return activity
@@ -60,10 +60,10 @@ class Stage:
         name: module name of the weighted layer.
         layer: the layer, or a plain one of its effective weight (:mod:`apical.core.affine`).
         before: linear modules without parameters between the last activation and the layer.
-        activation: element-wise and not in place; `nn.Identity()` where the model has none.
-        shape: of v, one sample.
-        input_shape: of the stage's input, one sample.
-        after: pooling between layer and activation; empty unless the chain was asked to allow it.
+        activation: elementwise and not in place; `nn.Identity()` if the model has none.
+        shape: shape of v for one sample.
+        input_shape: shape of the stage's input for one sample.
+        after: pooling between layer and activation; empty unless the chain allows it.
     """
 
     name: str
@@ -90,19 +90,19 @@ class Stage:
         return not all(map(is_linear, (*self.before, *self.after)))
 
     def seen(self, rates: Tensor) -> Tensor:
-        """What the layer itself is given (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
+        """Return the input of the layer itself (batch, ...), for the stage's input `rates` (batch, *input_shape)."""
         return through(self.before, rates)
 
     def pooled(self, a: Tensor) -> Tensor:
-        """v (batch, *shape), for the layer's output."""
+        """Return v (batch, *shape) for the layer's output."""
         return through(self.after, a)
 
     def potential(self, rates: Tensor) -> Tensor:
-        """v (batch, *shape), for the stage's input (batch, *input_shape)."""
+        """Return v (batch, *shape) for the stage's input (batch, *input_shape)."""
         return self.pooled(self.layer(self.seen(rates)))
 
     def linear(self, rates: Tensor, added: Tensor | None = None) -> Tensor:
-        """`W rates`, without the bias, plus `added`: (batch, *input_shape) -> (batch, *shape)."""
+        """Return `W rates`, without the bias, plus `added`: (batch, *input_shape) -> (batch, *shape)."""
         weight = self.layer.weight
         if self.is_dense:
             return rates @ weight.T if added is None else torch.addmm(added, rates, weight.T)
@@ -114,7 +114,7 @@ class Stage:
         return result if added is None else result + added
 
     def transposed(self, rows: Tensor) -> Tensor:
-        """`rows W`: (rows, n_i) -> (rows, n_{i-1}), both flat; only where no pooling lies between or :attr:`bends`."""
+        """Return `rows W`: (rows, n_i) -> (rows, n_{i-1}), both flat; not with pooling in `after`, nor if :attr:`bends`."""
         assert not self.after
         assert not self.bends  # the derivative would depend on the input
         weight = self.layer.weight
@@ -136,7 +136,7 @@ class States(NamedTuple):
     r: list[Tensor]
 
     def rows(self, samples: Tensor | slice) -> "States":
-        """Some samples."""
+        """Return the states of some samples."""
         return States([each[samples] for each in self.v], [each[samples] for each in self.r])
 
 
@@ -144,14 +144,14 @@ class Chain:
     """A model seen as a feed-forward chain of stages.
 
     Args:
-        model: the network; it is only read.
-        input_shape: of one sample; needed where a model has convolutions, whose sizes depend on it.
-        pools: whether max-pooling may stand anywhere, and any pooling between a layer and its activation. Only for rules
-            that take neither `before` for linear nor `after` for empty.
-        dense: whether convolutions are refused before anything else is looked at.
+        model: the network; it is not changed.
+        input_shape: shape of one sample; required for convolutions, whose sizes depend on it.
+        pools: whether to allow max-pooling anywhere, and any pooling between a layer and its activation. Only for rules
+            that assume neither that `before` is linear nor that `after` is empty.
+        dense: whether to refuse convolutions before anything else is checked.
 
     Raises:
-        UnsupportedModelError: a module is not part of a chain, or the mathematics does not carry over to it; it is named.
+        UnsupportedModelError: a module is not part of a chain, or the equations do not apply to it; the message names it.
     """
 
     def __init__(
@@ -191,20 +191,20 @@ class Chain:
 
     @property
     def like(self) -> Tensor:
-        """A parameter of the first layer, for its type and device: its weight may be another once it is computed."""
+        """A parameter of the first layer, for its dtype and device: a computed weight may have another dtype."""
         return next(original(self.stages[0].layer).parameters())
 
     @property
     def is_small(self) -> bool:
-        """Whether the Jacobian of each sample is cheap: dense layers, and few outputs."""
+        """Whether each sample's Jacobian is cheap: dense layers and few outputs."""
         return all(stage.is_dense for stage in self.stages) and self.stages[-1].size <= FEW_OUTPUTS
 
     def enter(self, inputs: Tensor) -> Tensor:
-        """What the first stage is given (batch, *input_shape).
+        """Return the input of the first stage (batch, *input_shape).
 
         Raises:
             ConfigError: the batch is empty.
-            UnsupportedModelError: a module no longer computes what the chain was made of.
+            UnsupportedModelError: a module no longer computes what it did when the chain was made.
         """
         require_samples(inputs)
         self._containers.require_intact(inputs, lambda x: through((*self.head, *self._modules), x))
@@ -213,7 +213,7 @@ class Chain:
         return inputs
 
     def _check(self, inputs: Tensor) -> None:
-        """Refuse what was changed after the chain was made: weights, forward methods, and hooks that change outputs."""
+        """Refuse changes made after the chain was created: weights, forward methods, and hooks that change outputs."""
         hooked = False
         for name, layer, own in self._affine:
             require_affine(name, layer)
@@ -236,17 +236,17 @@ class Chain:
                 inputs = module(inputs)
 
     def _name(self, module: nn.Module) -> str:
-        """The module's name and type, for messages; activations may be copies that are not in place."""
+        """Return the module's name and type for messages; activations may be copies that are not in place."""
         module = original(module)
         names = {id(own): name for name, own in self.model.named_modules()}
         return f"{names.get(id(module), '?')!r} ({type(module).__name__})"
 
     def run(self, inputs: Tensor) -> States:
-        """The feed-forward pass, without gradient.
+        """Run the feed-forward pass, without gradient.
 
         Raises:
             ConfigError: the batch is empty.
-            UnsupportedModelError: the samples have not the shape the chain was made for.
+            UnsupportedModelError: the samples do not have the shape that the chain was made for.
         """
         with torch.no_grad():
             v, r = [], [self.enter(inputs)]
@@ -258,10 +258,10 @@ class Chain:
 
 
 def example_of(layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -> Tensor:
-    """Zeros in the place of two samples (2, *input_shape), of the first layer's dtype: one alone has no statistics.
+    """Return zeros for two samples (2, *input_shape), of the first layer's dtype: a single sample has no statistics.
 
     Raises:
-        UnsupportedModelError: the shape is not given, and the layers do not tell it.
+        UnsupportedModelError: the shape is not given and cannot be inferred from the layers.
     """
     first = next(iter(layers.values()))
     if input_shape is None:
@@ -271,15 +271,15 @@ def example_of(layers: Mapping[str, Layer], input_shape: Sequence[int] | None) -
                 "of the layers depend"
             )
         input_shape = (looked_at(first).shape[1],)
-    like = next(iter(first.parameters()))  # a weight that hooks compute may be of an older dtype until the next call
+    like = next(iter(first.parameters()))  # a weight computed by hooks may have an older dtype until the next call
     return torch.zeros(2, *input_shape, dtype=like.dtype, device=like.device)
 
 
 def require_affine_type(name: str, layer: nn.Module) -> None:
-    """Refuse a layer that its type says is no affine map.
+    """Refuse a layer whose type is known not to be an affine map.
 
     Raises:
-        UnsupportedModelError: names it.
+        UnsupportedModelError: names the layer.
     """
     if not is_affine(layer):
         raise UnsupportedModelError(
@@ -289,7 +289,7 @@ def require_affine_type(name: str, layer: nn.Module) -> None:
 
 
 def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
-    """Refuse modules to which the mathematics does not carry over, whatever their place in the model."""
+    """Refuse modules to which the equations do not apply, wherever they are in the model."""
     what = f"module {name!r} ({type(module).__name__})"
     if is_weighted(module):
         if (shape := geometry(module)) is not None and shape.transposed:
@@ -303,28 +303,28 @@ def _check_kind(name: str, module: nn.Module, *, pools: bool) -> None:
     if is_maximum(module) and not isinstance(module, nn.modules.pooling._AdaptiveMaxPoolNd):
         raise UnsupportedModelError(f"{what} is not linear; use average pooling or strides")
     if next(module.parameters(), None) is None and next(module.buffers(), None) is None and not is_own(module):
-        return  # a container that calls functions: the trace will show whether it breaks the chain
+        return  # a container that calls functions: tracing shows whether it breaks the chain
     raise UnsupportedModelError(
         f"{what} is not supported in a chain of weighted layers and element-wise activations; remove it or use another rule"
     )
 
 
 def traced(model: nn.Module, example: Tensor, whole: Mapping[str, nn.Module] | None = None) -> list[Call]:
-    """The modules that compute in the order in which the model calls them, each given what the one before has made.
+    """Return the computing modules in the order in which the model calls them, each fed with the output of the one before.
 
-    Layers run in evaluation mode; modules that contain others run once in each mode, to see what they do in training alone.
+    Layers run in evaluation mode; modules that contain others run once in each mode, to find differences in training.
 
     Args:
-        model: the network; it is only read.
-        example: a batch.
+        model: the network; it is not changed.
+        example: an example batch.
         whole: modules that count as one call each, by name, whatever they contain.
 
     Raises:
-        UnsupportedModelError: the calls are no chain, depend on the mode, or draw random numbers.
+        UnsupportedModelError: the calls do not form a chain, depend on the mode, or draw random numbers.
     """
     for name, module in model.named_modules():
         refuse_backward_hooks(f"{name!r} ({type(module).__name__})", module)
-    known: dict[str, nn.Module] = {}  # the modules that stand for functions
+    known: dict[str, nn.Module] = {}  # the modules that represent functions
     training, calls = (_traced(model, example.clone(), whole or {}, known, training=training) for training in (True, False))
     if [call.module for call in training] != [call.module for call in calls]:
         raise UnsupportedModelError(
@@ -390,7 +390,7 @@ def _traced(
             random.setstate(chance)
     except ApicalError:
         raise
-    except Exception as error:  # whatever a forward of the user's does with a tensor it was not made for
+    except Exception as error:  # a user's forward may raise anything for a tensor that it was not written for
         raise not_run(example, error) from error
     finally:
         for hook in hooks:
@@ -424,18 +424,18 @@ def _traced(
 
 
 def _instead(functions: Functions, tensor: Tensor) -> str:
-    """What made a tensor, if it was a function."""
+    """Say which function made a tensor, if one did."""
     maker = functions.maker(tensor)
     return "" if maker is None else f" but the result of {maker!r}"
 
 
 def _acts(module: nn.Module) -> bool:
-    """Whether the module is an element-wise activation other than the identity."""
+    """Return whether the module is an elementwise activation other than the identity."""
     return is_activation(module) and is_elementwise(module)
 
 
 def _stages(calls: list[Call], example: Tensor, *, pools: bool) -> tuple[list[nn.Module], list[Stage]]:
-    """Modules before the first layer, and the stages."""
+    """Return the modules before the first layer, and the stages."""
     head: list[nn.Module] = []
     stages: list[Stage] = []
     before: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""Tensors from one process to another, through shared slots.
+"""Send tensors between processes through shared slots.
 
 What is sent lies in shared memory and is announced through a pipe, whose end reveals immediately that a process has died.
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 from apical.errors import ConfigError
 
 SLOTS = 2
-"""Tensors that may be on the way."""
+"""Maximum number of tensors in transit."""
 
 SPIN = 1e-4
-"""Seconds for which a receiver looks before it sleeps: to be woken costs as much."""
+"""Seconds for which a receiver polls before it sleeps: waking it up costs about as much."""
 
 
 class Channel:
-    """One end of a way for tensors: the sender copies into the next free slot, the receiver out of it."""
+    """One end of a connection for tensors: the sender copies into the next free slot, the receiver copies out of it."""
 
     def __init__(self, pipe: Connection, slots: Sequence[Tensor]) -> None:
         self.pipe, self.slots, self.turn, self.ahead = pipe, slots, 0, 0
 
     def send(self, tensor: Tensor, note: object = None) -> None:
-        """Hand on a tensor, with a note, as soon as a slot is free."""
+        """Send a tensor with a note as soon as a slot is free."""
         if tensor.numel() > self.slots[0].numel() or tensor.dtype != self.slots[0].dtype:
             raise ConfigError("a batch is larger than the first one, or of another dtype; start with a batch of full size")
         if self.ahead == len(self.slots):
@@ -38,7 +38,7 @@ class Channel:
         self.pipe.send((tuple(tensor.shape), note))
 
     def receive_noted(self) -> tuple[Tensor, Any]:
-        """The next tensor and its note."""
+        """Return the next tensor and its note."""
         shape, note = self._next()
         tensor = self._slot(shape).clone()
         self.pipe.send(None)  # the slot is free
@@ -56,7 +56,7 @@ class Channel:
 
 
 class Way(NamedTuple):
-    """A link to a neighbour in another process."""
+    """Link to a neighbour in another process."""
 
     there: Channel
     back: Channel
@@ -71,11 +71,11 @@ class Way(NamedTuple):
 
 
 def channel(context: Any, sent: Sequence[Tensor]) -> tuple[Channel, Channel]:
-    """Both ends, of the sender and the receiver, with slots as large as the largest of what is `sent`.
+    """Return the sender's and the receiver's end, with slots as large as the largest tensor in `sent`.
 
     Args:
-        context: of :mod:`multiprocessing`.
-        sent: examples, of one dtype; none, where nothing will be sent.
+        context: a context of :mod:`multiprocessing`.
+        sent: example tensors, all of one dtype; empty if nothing will be sent.
     """
     size = max((tensor.numel() for tensor in sent), default=0)
     dtype = sent[0].dtype if sent else torch.float32

@@ -1,7 +1,7 @@
 """Activation checkpointing: parts of the model whose forward pass is repeated during the backward pass, without the rule.
 
-Non-reentrant: saved-tensor hooks drop what autograd keeps, and the repeated pass supplies it again, matched by position. A
-rule may add nothing to what autograd keeps there, and take nothing away: :func:`sever` cuts the graph in place of `detach`,
+Non-reentrant: saved-tensor hooks drop the tensors that autograd saves, and the repeated pass recomputes them, matched by
+position. A rule must not add or remove saved tensors there: :func:`sever` cuts the graph instead of `detach`,
 and :func:`aside` keeps the rule's own tensors out of the checkpoint.
 
 Reentrant: the pass runs without gradient inside an autograd function, whose backward repeats it, unseen by the rule.
@@ -19,15 +19,15 @@ from torch.utils import checkpoint
 
 from apical.errors import UnsupportedModelError
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in the oldest versions of PyTorch
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # missing in the oldest PyTorch versions
 SEES_HOOKS = _top_hooks is not None
-"""Whether PyTorch tells of saved-tensor hooks other than a checkpoint's, as 2.6 does not."""
+"""Whether PyTorch reports saved-tensor hooks other than a checkpoint's; 2.6 does not."""
 
 
 def is_checkpointed() -> bool:
-    """Whether a non-reentrant activation checkpoint is recording now."""
+    """Return whether a non-reentrant activation checkpoint is recording."""
     if torch.compiler.is_compiling():
-        return False  # a compiler plans the repeated pass from the whole graph
+        return False  # the compiler plans the recomputation from the whole graph
     if _top_hooks is None:
         return _caller(cast(Any, checkpoint.checkpoint).__wrapped__.__code__) is not None
     hooks = _top_hooks(True)
@@ -35,15 +35,15 @@ def is_checkpointed() -> bool:
 
 
 def are_tensors_hooked() -> bool:
-    """Whether anybody's saved-tensor hooks are at work now (a checkpoint's; offloading to the CPU)."""
+    """Return whether any saved-tensor hooks are active (of a checkpoint, or offloading to the CPU)."""
     return is_checkpointed() if _top_hooks is None else _top_hooks(True) is not None
 
 
 def refuse_hidden(name: str) -> None:
     """Refuse a layer called without gradient inside an autograd function, as reentrant checkpointing does.
 
-    To be asked where a rule that was called with gradients meets a layer called without: a model may do so on purpose (a
-    frozen backbone under `torch.no_grad`), and then its layer gets no credit.
+    For rules called with gradients that reach a layer called without them. A model may do that on purpose (a
+    frozen backbone under `torch.no_grad`); its layer then gets no credit.
 
     Raises:
         UnsupportedModelError: names the layer and the function.
@@ -57,12 +57,12 @@ def refuse_hidden(name: str) -> None:
 
 
 def is_untrained(parameters: Iterable[Tensor]) -> bool:
-    """Whether some of these parameters would learn, but are used without gradients, and not by reentrant checkpointing."""
+    """Return whether some of these parameters require gradients but are used without, and not by reentrant checkpointing."""
     return not torch.is_grad_enabled() and _autograd_function() is None and any(q.requires_grad for q in parameters)
 
 
 def refuse_checkpointing(name: str) -> None:
-    """Refuse a layer that runs inside an activation checkpoint of either kind, for rules that cannot work there.
+    """Refuse a layer that runs inside an activation checkpoint of either kind, for rules that do not support it.
 
     Raises:
         UnsupportedModelError: names the layer.
@@ -86,13 +86,13 @@ class _Sever(torch.autograd.Function):
 
 
 def sever(inputs: Tensor) -> Tensor:
-    """`inputs` without its past, as `detach`, except that what follows still looks differentiable to a checkpoint."""
+    """Return `inputs` without their graph, like `detach`, except that a checkpoint still sees the rest as differentiable."""
     result: Tensor = cast(Any, _Sever).apply(inputs) if is_checkpointed() else inputs.detach()
     return result
 
 
 def aside() -> saved_tensors_hooks:
-    """Context in which autograd keeps tensors as they are, whatever hooks (a checkpoint's) are at work outside."""
+    """Return a context in which autograd saves tensors unchanged, whatever hooks (a checkpoint's) are active outside."""
     return saved_tensors_hooks(_itself, _itself)
 
 
@@ -101,7 +101,7 @@ def _itself(saved: Tensor) -> Tensor:
 
 
 def _caller(code: Any) -> Any:
-    """The innermost frame on the stack that runs `code`."""
+    """Return the innermost stack frame that runs `code`."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back  # type: ignore[assignment]
@@ -109,7 +109,7 @@ def _caller(code: Any) -> Any:
 
 
 def _autograd_function() -> str | None:
-    """Name of the innermost autograd function whose forward runs; `apply` leaves no frame in newer versions of PyTorch."""
+    """Return the name of the innermost autograd function whose forward runs; in newer PyTorch `apply` leaves no frame."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -122,16 +122,16 @@ def _autograd_function() -> str | None:
 
 
 _FORWARDS: dict[int, tuple[CodeType, str | None]] = {}
-"""Code that has been seen to run, which is kept so that its id stays its own; the autograd function whose forward it is."""
+"""Code objects seen running, kept alive so that their ids stay unique; the autograd function whose forward each is."""
 
 
 def _runs(kind: Any, code: CodeType) -> bool:
-    """Whether this is the code of a class' forward."""
+    """Return whether this is the code of the class's forward."""
     return getattr(kind.forward, "__code__", None) is code
 
 
 def _functions() -> Iterator[type[torch.autograd.Function]]:
-    """Every class of autograd functions."""
+    """Yield every subclass of autograd.Function."""
     todo: list[type[torch.autograd.Function]] = [torch.autograd.Function]
     while todo:
         kind = todo.pop()

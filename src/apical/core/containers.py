@@ -1,7 +1,7 @@
-"""What a model does outside the modules that compute: a forward method of the user's, hooks, modules put there later.
+"""What a model does outside its computing modules: a user's forward method, hooks, modules added later.
 
-Rules that call a model's layers do not call its containers. What these compute is seen when a rule is made, and here: a
-forward method may take another way when an attribute or a global is another.
+Rules that call a model's layers do not call its containers. What these compute is checked when a rule is made, and here:
+a forward method may take another path when an attribute or a global changes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from apical.core.units import Found, leaves
 from apical.errors import UnsupportedModelError
 
 KNOWN = ("torch.nn.", "apical.core.", "apical.models.", "apical.rules.")
-"""Modules of Python whose forward methods take one way."""
+"""Python modules whose forward methods always take the same path."""
 FIRST, EVERY = 4, 16
 """Batches in which a user's forward method is inspected: the first n, then every n-th."""
 LONG = 64
-"""Entries from which on a container is a table, such as a vocabulary or a module of Python, rather than options."""
+"""Number of entries above which a container is a table, such as a vocabulary or a Python module, rather than options."""
 _EVERY_MODULES = {*vars(nn.Module()), "forward"}
 
 
 def is_written(module: nn.Module) -> bool:
-    """Whether its forward method is the user's."""
+    """Return whether the module's forward method is the user's."""
     return not _place(type(module).forward).startswith(KNOWN)
 
 
@@ -40,8 +40,8 @@ class Containers:
     """The modules of a model that contain others.
 
     Args:
-        model: the network; it is only read.
-        layers: whose weight is taken from what was said of their type; one with a forward of the user's counts as one of
+        model: the network; it is not changed.
+        layers: layers whose weight is taken from the registration of their type; one with a user's forward counts as one of
             the modules that contain others.
     """
 
@@ -57,17 +57,17 @@ class Containers:
         self._found = Found(model, activations=True)
 
     def require_intact(self, inputs: Tensor, own: Callable[[Tensor], Tensor]) -> None:
-        """Run the model where a container computes what it did not, or may, and compare.
+        """Run the model and compare, if a container has changed what it computes or may have.
 
         At each batch where one has hooks, another forward or other children; where its forward is the user's, when an
         attribute has changed, in the first batches and periodically, because an inspection costs two forward passes.
 
         Args:
             inputs: (batch, ...).
-            own: what the rule takes the model to compute.
+            own: what the rule assumes the model to compute.
 
         Raises:
-            UnsupportedModelError: the model computes something else, or has lost a module; it is named.
+            UnsupportedModelError: the model computes something else, or has lost a module; the message names it.
         """
         compiling = torch.compiler.is_compiling()
         if compiling:
@@ -75,7 +75,7 @@ class Containers:
         else:
             self._found.require_weights("the rule")
         if not compiling and torch._C._are_functorch_transforms_active():
-            return  # no look at values there
+            return  # values cannot be checked there
         changed = not compiling and any([*now.values()] != then for now, then in self._held)
         if changed and (lost := self.names.keys() - set(self.model.modules())):
             module = min(lost, key=self.names.__getitem__)
@@ -108,12 +108,12 @@ class Containers:
             torch._assert_async(_close(output, expected), message)
         elif not (fits and bool(_close(output, expected))):
             raise UnsupportedModelError(message)
-        if not compiling:  # what was refused is looked at again
+        if not compiling:  # a refused model is checked again
             self._batches += 1
-            self._choices = self._attributes()  # a forward may count its calls, or keep what it made
+            self._choices = self._attributes()  # a forward may count its calls, or keep its result
 
     def _take(self, own: Callable[[Tensor], Tensor], inputs: Tensor, message: str) -> Tensor:
-        """What the rule takes the model to compute; what only the model can take is refused."""
+        """Compute what the rule assumes the model to compute; refuse inputs that only the model accepts."""
         try:
             return own(inputs.clone())
         except RuntimeError as error:
@@ -121,18 +121,18 @@ class Containers:
             raise UnsupportedModelError(f"{message} ({error})") from error
 
     def _attributes(self) -> list[dict[str, object]]:
-        """What forward methods of the user's may go by."""
+        """Return the values on which a user's forward methods may depend."""
         return [
             {k: _contents(v) for k, v in vars(m).items() if k not in _EVERY_MODULES} | {"methods": _methods(type(m))}
             for m in self.written
         ]
 
     def _is_due(self) -> bool:
-        """Whether this batch is one at which forward methods of the user's are looked at."""
+        """Return whether this batch is one at which a user's forward methods are checked."""
         return self._attributes() != self._choices or self._batches < FIRST or self._batches % EVERY == 0
 
     def _touched(self, due: bool) -> list[nn.Module]:
-        """Containers that may compute something else than at first."""
+        """Return the containers that may compute something else than at first."""
         return [
             module
             for _, module, children in self.modules
@@ -144,13 +144,13 @@ class Containers:
 
 
 def _methods(kind: type) -> list[object]:
-    """What the methods of a user's class go by."""
+    """Return the values on which the methods of a user's class depend."""
     own = [vars(base).values() for base in kind.__mro__ if not base.__module__.startswith((*KNOWN, "builtins"))]
     return [_scope(value) for values in own for value in values if isinstance(value, FunctionType)]
 
 
 def _scope(function: FunctionType, depth: int = 2) -> object:
-    """What a function finds by the names in its code: globals, what encloses it, and in functions of these."""
+    """Return the values that a function's code finds by name: globals, enclosed variables, and in functions of these."""
     if not depth or _place(function).startswith(("torch", "apical.")):
         return id(function)
     held = [function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__]
@@ -161,7 +161,7 @@ def _scope(function: FunctionType, depth: int = 2) -> object:
 
 
 def _contents(value: object, depth: int = 2) -> object:
-    """Numbers and words in a value, its containers and plain objects; of all else, and of long ones, which object it is."""
+    """Return numbers and strings in a value, its containers and plain objects; for others, and long containers, the id."""
     if isinstance(value, dict | list | tuple) and len(value) > LONG:
         return id(value)
     if depth and isinstance(value, dict):
@@ -178,7 +178,7 @@ def _contents(value: object, depth: int = 2) -> object:
 
 
 def _close(output: Tensor, expected: Tensor) -> Tensor:
-    """Whether two tensors are equal but for rounding, or not finite."""
+    """Return whether two tensors are equal up to rounding, or not finite."""
     coarse = torch.is_autocast_enabled(output.device.type) or output.element_size() < 4
     allowed = 0.05 if coarse else 1e3 * torch.finfo(output.dtype).eps
     a, b = output.double(), expected.double()

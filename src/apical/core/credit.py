@@ -1,4 +1,4 @@
-"""The contract between a rule and PyTorch: a rule maps a batch to a :class:`Credit`; `credit.backward()` writes `.grad`."""
+"""The interface between a rule and PyTorch: a rule maps a batch to a :class:`Credit`; `credit.backward()` writes `.grad`."""
 
 import copy
 import math
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from apical.core.units import Found
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Maps (output, targets) to a scalar, the mean over the batch, as `torch.nn.functional.cross_entropy` does."""
+"""Maps (output, targets) to a scalar, the mean over the batch, like `torch.nn.functional.cross_entropy`."""
 
 Root = tuple[Tensor, Tensor | None]
 """Where a backward pass starts (a scalar, a unit's output or a parameter) and its signal; None means 1, for scalars."""
 
 Phase = Literal["both", "forward", "feedback"]
-"""What a call of a rule learns."""
+"""What one call of a rule trains."""
 
 Attention = Literal["exact", "fixed", "present"]
-"""What of the backward pass of attention a rule keeps, see :mod:`apical.core.attention`."""
+"""How much of the backward pass of attention a rule keeps, see :mod:`apical.core.attention`."""
 
 Batch = tuple[Tensor, Tensor]
 """Inputs (batch, ...) and their targets."""
@@ -43,7 +43,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(init=False, repr=False, eq=False)  # DistributedDataParallel looks for tensors in the fields of dataclasses
 class Credit:
-    """What a rule found out about one batch.
+    """The credit that a rule assigns for one batch.
 
     There are two ways to the same gradients: :meth:`backward`, and `credit.loss.backward()`, which any trainer can call on
     any multiple of the loss or on its sum with other terms.
@@ -51,9 +51,9 @@ class Credit:
     Args:
         roots: scalars (losses, energies), unit outputs or parameters from which a backward pass starts.
         signals: the teaching signal of each root, of the root's shape; None means 1 (scalar roots only).
-        output: the model's output on the batch; with a graph where a loss that a user makes of it delivers the update.
+        output: the model's output on the batch; it has a graph if a loss computed from it delivers the rule's update.
         loss: scalar loss of that output.
-        logs: scalars worth plotting, named by the rule.
+        logs: scalars to plot, named by the rule.
     """
 
     loss: Tensor
@@ -71,15 +71,15 @@ class Credit:
 
     @classmethod
     def of(cls, roots: Iterable[Root], output: Tensor, loss: Tensor, logs: dict[str, Tensor] | None = None) -> "Credit":
-        """The credit of roots with their signals."""
+        """Create the credit from roots with their signals."""
         pairs = list(roots)
         return cls([root for root, _ in pairs], [signal for _, signal in pairs], output, loss, logs)
 
     @property  # type: ignore[no-redef]
     def loss(self) -> Tensor:
-        """The loss, and the root of the whole update: `(s * credit.loss).backward()` adds `s` times it to `.grad`.
+        """The loss, which is also the root of the whole update: `(s * credit.loss).backward()` adds `s` times it to `.grad`.
 
-        Without a graph where no gradient is recorded, when the rule is called or here.
+        It has no graph if gradients were disabled when the rule was called, or are disabled now.
         """
         if len(self.roots) == 1 and self.roots[0] is self._loss and self.signals[0] is None:
             return self._loss
@@ -94,8 +94,8 @@ class Credit:
     def output(self) -> Tensor:
         """The model's output.
 
-        Under backpropagation and the edge rules a loss made of it delivers the rule's update. Under every other rule a
-        backward pass that reaches it raises a :class:`apical.errors.ConfigError`; its values are free to use.
+        Under backpropagation and the edge rules, a loss made from it delivers the rule's update. Under every other rule a
+        backward pass that reaches it raises a :class:`apical.errors.ConfigError`; its values can be used freely.
         """
         parts = [part for part in tree_leaves(self._output) if isinstance(part, Tensor)]
         if any(part.requires_grad for part in parts) or not (self._learns and torch.is_grad_enabled()):
@@ -105,17 +105,17 @@ class Credit:
 
     @loss.setter  # type: ignore[attr-defined, no-redef, untyped-decorator]
     def loss(self, root: Tensor) -> None:
-        """What a trainer puts in its place (the loss in another type, say) is the root from then on."""
+        """Replace the root by what a trainer sets (such as the loss in another dtype)."""
         self.roots, self.signals, self._loss, self._root = [root], [None], root, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Credit":
-        """Another credit of the same graph, which is never copied; Lightning's Fabric maps the tensors of such a one."""
+        """Return another credit with the same graph, which is never copied; Lightning's Fabric maps the copy's tensors."""
         copied = copy.copy(self)
         copied.roots, copied.signals, copied.logs = [*self.roots], [*self.signals], {**self.logs}
         return copied
 
     def backward(self, retain_graph: bool | None = None) -> None:
-        """Accumulate into `.grad` minus the weight change the rule asks for; like `loss.backward()`, but cheaper."""
+        """Add the negative of the rule's weight change to `.grad`; like `loss.backward()`, but cheaper."""
         if not any(root.requires_grad for root in self.roots):
             raise ConfigError("nothing learns: all parameters are frozen, or the rule was called under torch.no_grad()")
         if len(self.roots) > 1 or self.signals[0] is not None or self._root is not None:
@@ -155,12 +155,12 @@ register_pytree_node(Credit, _flattened, cast(Any, _unflattened), serialized_typ
 
 @dataclass(frozen=True)
 class Measures:
-    """What a rule measures of itself, see :meth:`CreditRule.measures`; metrics.jsonl has the numbers under these names.
+    """What a rule measures about itself, see :meth:`CreditRule.measures`; metrics.jsonl uses these names.
 
     Attributes:
         network: numbers for the whole network.
         layers: numbers for each layer, as in `{"0": {"sparseness": 0.9}}`.
-        depths: accuracy (0 to 1) on the test set of the classes read out at each layer (:func:`depth_accuracies`).
+        depths: test accuracy (0 to 1) of the classes read out at each layer (:func:`depth_accuracies`).
     """
 
     network: Mapping[str, float] = field(default_factory=dict)
@@ -170,14 +170,14 @@ class Measures:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of one network after training, see :meth:`CreditRule.panels`; the report draws it, of the first seed.
+    """A figure of one network after training, see :meth:`CreditRule.panels`; the report shows that of the first seed.
 
     Attributes:
-        title: what it shows.
+        title: title of the figure.
         kind: "raster" (values (steps, n), 0 or 1: one panel each), "bars" (values (categories,) side by side) or "histogram"
-            (values (n,), what is not finite counted apart).
+            (values (n,), with non-finite ones counted separately).
         x, y: labels of the axes.
-        values, categories: by name; of the bars.
+        values, categories: values by name; categories of the bars.
     """
 
     title: str
@@ -189,7 +189,7 @@ class Panel:
 
 
 def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy (0 to 1) at each layer; empty where targets are numbers, or not one class for each sample.
+    """Return the accuracy (0 to 1) at each layer; empty if targets are numbers, or not one class per sample.
 
     `read_outs` maps the inputs of a batch to classes (batch,) by layer.
     """
@@ -204,8 +204,8 @@ def depth_accuracies(read_outs: Callable[[Tensor], Mapping[str, Tensor]], test: 
 class CreditRule(nn.Module):
     """A credit-assignment rule: holds the model and the rule's own feedback parameters.
 
-    Calling a rule on a batch yields a :class:`Credit`. Everything a rule installs on the model acts only during that
-    call, so `rule.model(x)` is always the plain model, and :meth:`detach` leaves the model as it was found.
+    Calling a rule on a batch returns a :class:`Credit`. What a rule installs on the model is active only during that
+    call, so `rule.model(x)` is always the plain model, and :meth:`detach` restores the model.
 
     Args:
         model: any `nn.Module` the rule supports; it is trained in place.
@@ -215,14 +215,14 @@ class CreditRule(nn.Module):
         feed_forward: the network's answer is the model's feed-forward pass; otherwise the rule has its own :meth:`answer`.
         output_alone: the rule asks the loss for its derivative with respect to the output, and would leave out terms that
             read other activities of the model; such losses are refused at the first batch.
-        chains_errors: the error travels from layer to layer through the model's graph, whose only root is the loss.
+        chains_errors: whether the error travels from layer to layer through the model's graph, whose only root is the loss.
         sees_layers: compiled parts of the model run as they were written while the rule learns.
         random_per_sample: each sample has its own random numbers: repeating a batch, or splitting it, is another draw.
         repeats: calls that a training loop makes for each batch, each before a step of the optimiser.
         two_phase: the rule can learn its feedback weights in separate passes, when `phase` says so.
         phase: what the next calls of a `two_phase` rule learn. With "both" one call gives the gradients of forward and
-            feedback weights; with "forward" or "feedback" those alone, and neither `output` nor `loss` of the credit may
-            lead by its graph to the others (several processes wait for every gradient that the graph promises).
+            feedback weights; with "forward" or "feedback" only those, and the graphs of the credit's `output` and `loss` may
+            not lead to the others (multi-process training waits for every gradient in the graph).
     """
 
     model: nn.Module
@@ -237,16 +237,16 @@ class CreditRule(nn.Module):
     _attention: Attention = "exact"
     _uncompiles: bool = False  # a model that is compiled
     _turn: AbstractContextManager[Any] = nullcontext()  # threads take turns
-    _has_attended: bool = False  # and attention by hand was looked for
+    _has_attended: bool = False  # and hand-written attention was looked for
     _placement: "Placement | None" = None
-    _kinds: Sequence[tuple[Any, bool]] = ()  # losses that were looked at, and whether targets were numbers
-    _loss_options: Mapping[str, str] = {}  # what a loss must not do, and who would leave it out of the update
-    _held: Any = None  # of a batch between its calls
+    _kinds: Sequence[tuple[Any, bool]] = ()  # losses already checked, and whether targets were numbers
+    _loss_options: Mapping[str, str] = {}  # what a loss must not do, and which rule would omit it from the update
+    _held: Any = None  # state of a batch between its calls
     _found: "Found | None" = None  # layers, where the rule does not see at once that others were put there
     _unmoved: int = 0  # checks in which the model's weights had moved but the rule's own had not; below 0 checks have ended
     _looks: Sequence[Any] = (0,)  # how many there were, and what they saw
-    _by_hand: "PlainChain | None" = None  # a model whose batches are taken by hand
-    _made_for: tuple[nn.Module, ...] = ()  # the model, in what is no module
+    _by_hand: "PlainChain | None" = None  # a model whose batches are computed by hand
+    _made_for: tuple[nn.Module, ...] = ()  # the model, in a tuple so that it is not a submodule
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -264,11 +264,11 @@ class CreditRule(nn.Module):
         super().__setattr__(name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Credit:
-        """Credit for one batch, see :meth:`forward`; warns once of a loss that is not finite, where a look costs nothing."""
+        """Return the credit for one batch, see :meth:`forward`; warn once of a non-finite loss, if checking is free."""
         if torch.compiler.is_compiling():
             from apical.core.wrappers import COMPILES, outside_graphs
 
-            follows = COMPILES or not torch.compiler.is_dynamo_compiling()  # an export may run the code as it is
+            follows = COMPILES or not torch.compiler.is_dynamo_compiling()  # an export may run the code as is
             return (CreditRule._plainly if follows else outside_graphs)(self, *args, **kwargs)
         if self._by_hand and len(args) == 2 and not kwargs and (quick := self._by_hand.credit(self, *args)) is not None:
             return quick
@@ -282,7 +282,7 @@ class CreditRule(nn.Module):
 
     def _plainly(self, *args: Any, **kwargs: Any) -> Credit:
         if self._uncompiles or ((self._is_fresh or self.model._compiled_call_impl) and not torch.compiler.is_compiling()):
-            from apical.core.wrappers import uncompiled  # for a model that is compiled already
+            from apical.core.wrappers import uncompiled  # for a model that is already compiled
 
             with uncompiled(self.model, self):
                 return self._attended(*args, **kwargs)
@@ -291,13 +291,13 @@ class CreditRule(nn.Module):
     def _attended(self, *args: Any, **kwargs: Any) -> Credit:
         if self.attention == "exact":
             return self._credited(*args, **kwargs)
-        from apical.core.attention import attended  # few want it
+        from apical.core.attention import attended  # rarely needed
 
         return attended(self, args, kwargs)
 
     @property
     def attention(self) -> Attention:
-        """What of the backward pass of attention is kept, where a rule has this option; see :mod:`apical.core.attention`."""
+        """How much of the backward pass of attention is kept, if the rule has this option; :mod:`apical.core.attention`."""
         return self._attention
 
     @attention.setter
@@ -351,7 +351,7 @@ class CreditRule(nn.Module):
         self._is_fresh = self._is_fresh and not first
         self._kinds = (*self._kinds[-8:], (self.loss, numbers)) if first else self._kinds
         if not self._warned and type(loss) is Tensor and loss.is_cpu:
-            given = () if self.feed_forward else args[:1]  # bounded states hide what the inputs hold
+            given = () if self.feed_forward else args[:1]  # bounded states hide non-finite inputs
             odd = (isinstance(value, Tensor) and not bool(value.isfinite().all()) for value in given)
             if not math.isfinite(loss.item()) or any(odd):
                 from apical.core.diagnosis import why_not_finite
@@ -362,21 +362,21 @@ class CreditRule(nn.Module):
 
     @abstractmethod
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit for one batch: `inputs` (batch, ...), `targets` (batch,) class indices or what the loss takes."""
+        """Return the credit for a batch: `inputs` (batch, ...), `targets` (batch,) class indices or what the loss takes."""
 
     def answer(self, inputs: Tensor) -> Tensor:
-        """The network's answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
+        """Return the answer to inputs (batch, ...), differentiable; the feed-forward pass unless the rule settles."""
         return cast(Tensor, self.model(inputs))
 
     def constrain_(self) -> None:
-        """Put parameters back into the range that the rule keeps them in, if any; to be called after `optimizer.step()`."""
+        """Project parameters back into the range that the rule requires, if any; call this after `optimizer.step()`."""
 
     def restart(self) -> None:
-        """Forget what is held of a batch between its calls, where :attr:`repeats` are several."""
+        """Discard what is stored about a batch between its calls, if :attr:`repeats` is more than one."""
         self._held = None
 
     def accumulate(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Add to `.grad` what all calls of one batch ask for, with the weights held as they are; returns the last credit."""
+        """Add the gradients of all calls of one batch to `.grad`, with the weights held fixed; return the last credit."""
         self.restart()
         for _ in range(self.repeats):
             credit: Credit = self(inputs, targets)
@@ -385,27 +385,27 @@ class CreditRule(nn.Module):
 
     @property
     def remarks(self) -> list[str]:
-        """How what is trained differs from the model as its modules say it, in sentences; empty where it does not."""
+        """Describe in sentences how what is trained differs from the model's modules; empty if it does not."""
         if self.attention == "exact":
             return []
         what = "A is a constant" if self.attention == "fixed" else "errors stay at their own position"
         return [f"the backward pass of attention is not the exact one: {what} (attention={self.attention!r})"]
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """Effective feedback weight of each layer, in the shape of that layer's weight; empty where none exists."""
+        """Return the effective feedback weight of each layer, in the shape of its weight; empty if the rule has none."""
         return {}
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        """Return what each weighted layer's error passes through, in the terms of :class:`apical.core.placement.Row`."""
         from apical.core.placement import layer_paths
 
         return layer_paths(self.model, inputs, "signal of its own")
 
     def placement(self, inputs: Tensor) -> "Placement":
-        """A table of every module with parameters and what its error passes through, for inputs (batch, ...).
+        """Return a table of every module with parameters and what its error passes through, for inputs (batch, ...).
 
-        The model runs, but weights, buffers, gradients and random generators stay as they are. `repr(rule)` has a summary
-        afterwards.
+        The model runs, but weights, buffers, gradients and random generators are left unchanged. Afterwards, `repr(rule)`
+        includes a summary.
         """
         from apical.core.placement import place, require_whole
         from apical.core.rest import undisturbed
@@ -418,12 +418,12 @@ class CreditRule(nn.Module):
         return placement
 
     def extra_repr(self) -> str:
-        """A summary of the placement, once it is known."""
+        """Return a summary of the placement, once it is known."""
         return "" if self._placement is None else f"placement: {self._placement.summary()}"
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """Quantities that are recorded after each epoch; by default what the model measures of its layers, if it has a
-        method `measures(inputs, targets)` that returns numbers by layer.
+        """Return quantities to record after each epoch; by default what the model's method
+        `measures(inputs, targets)` returns as numbers by layer, if it has one.
 
         The rule is in training mode; its gradients, buffers and random state are restored afterwards.
 
@@ -435,12 +435,12 @@ class CreditRule(nn.Module):
         return Measures(layers=own(*probe)) if callable(own) else Measures()
 
     def panels(self, probe: Batch) -> Sequence[Panel]:
-        """Figures of the trained network; by default those of the model's method `panels(inputs, targets)`, where it is."""
+        """Return figures of the trained network; by default of the model's `panels(inputs, targets)`, if it has one."""
         own = getattr(self.model, "panels", None)
         return own(*probe) if callable(own) else ()
 
     def feedback_parameters(self) -> list[nn.Parameter]:
-        """Trainable feedback weights that an optimiser may treat apart from the forward weights; empty where none are."""
+        """Return trainable feedback weights, which an optimiser may treat separately from forward weights; empty if none."""
         return []
 
     @property
@@ -449,7 +449,7 @@ class CreditRule(nn.Module):
         return self.two_phase and any(parameter.requires_grad for parameter in self.feedback_parameters())
 
     def require_attached(self) -> None:
-        """Refuse to work on a model that the rule was detached from, or whose layers are others by now.
+        """Refuse to work on a model that the rule was detached from, or whose layers were replaced.
 
         Raises:
             ConfigError: :meth:`detach` was called, or this is a copy with another model.
@@ -465,7 +465,7 @@ class CreditRule(nn.Module):
             self._found.require_intact(type(self).__name__)
 
     def detach(self) -> nn.Module:
-        """Remove everything from the model and return it: same class, state-dict keys and outputs as before."""
+        """Remove everything from the model and return it, with the same class, state-dict keys and outputs as before."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,4 +1,4 @@
-"""Cuts: give each unit its own teaching signal.
+"""Cuts give each unit its own teaching signal.
 
 A unit is what lies between two cuts: a weighted layer with its normalisation, the residual sum and the activation at
 whose output the unit ends. The next unit reads that output detached, so no error crosses a cut; one backward pass from all
@@ -34,7 +34,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 Units = Literal["auto", "activation", "block", "sublayer", "micro"] | Sequence[str]
 
 ATTEMPTS = 8
-"""Passes that may be tried until one takes a path whose cuts are known to be right."""
+"""Maximum number of passes to try until one takes a path whose cuts are known to be right."""
 
 
 UNSEEN = (
@@ -44,9 +44,9 @@ UNSEEN = (
 
 
 def eagerly(method: Method) -> Method:
-    """Keep a method out of compiled graphs: what it does happens once, at the first batch.
+    """Keep a method out of compiled graphs: it acts once, at the first batch.
 
-    The compiler is asked at the call: importing it takes as long as importing PyTorch.
+    The compiler is only looked up at the call: importing it takes as long as importing PyTorch.
     """
 
     @wraps(method)
@@ -59,30 +59,30 @@ def eagerly(method: Method) -> Method:
 
 
 class CutRule(CreditRule):
-    """Base of the rules that hand a teaching signal to every hidden unit.
+    """Base of the rules that send a teaching signal to every hidden unit.
 
     Args:
         model: any network; activations may be modules (`nn.ReLU()`) or functions (`F.relu`), used once or several times.
         loss: maps (output, targets) to a scalar batch mean.
-        where: "activation" cuts behind every hidden activation (behind the residual sum), so that no error crosses;
-            "input" cuts before every weighted layer but the first and leaves residual connections whole.
+        where: "activation" cuts after every hidden activation (after the residual sum), so that no error crosses;
+            "input" cuts before every weighted layer but the first and leaves residual connections intact.
         exact: names of modules or parameters without known transport that keep their exact derivative within a unit.
-        units: "auto" also cuts wherever an error would go round those cuts, or pass one layer's weight on its way to
+        units: "auto" also cuts wherever an error would bypass those cuts, or pass one layer's weight on its way to
             another (residual streams, skips taken before an activation, activations that are formulas); "activation" cuts
-            behind activations only, and refuses a model where an error would go round them; names of modules are further
-            cuts besides those of "auto". Within a unit of the others an error passes several layers: "block" cuts behind
-            modules that hold layers, where all errors pass their output; "sublayer" wherever all errors pass one tensor, as
-            behind each sum of a residual stream; "micro" there and behind activations.
-        inside: what an error passes within a unit: "exact" are the layers' own weights, "feedback" fixed random matrices in
-            their place, at every layer, the topmost too.
+            after activations only, and refuses a model in which an error would bypass them; names of modules are further
+            cuts in addition to those of "auto". Within the other units an error passes several layers: "block" cuts after
+            modules that contain layers and whose output all errors pass; "sublayer" wherever all errors pass one tensor, as
+            after each sum of a residual stream; "micro" there and after activations.
+        inside: what an error passes within a unit: "exact" uses the layers' own weights, "feedback" fixed random matrices
+            instead, at every layer including the topmost.
 
     Raises:
-        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no place is found where
-            the way round the cuts could be cut.
+        UnsupportedModelError: see :func:`apical.core.units.weighted_layers`; or, at the first batch, no place is found to
+            cut the path that bypasses the cuts.
 
     Attributes:
-        plain_roots: make roots that function transforms (`torch.func`) can follow, as compiled graphs get them.
-        silent: hand no signal to hidden units, as a control: the last unit alone learns.
+        plain_roots: whether to make roots that function transforms (`torch.func`) can follow, as in compiled graphs.
+        silent: send no signal to hidden units, as a control: only the last unit learns.
     """
 
     plain_roots = False
@@ -127,11 +127,11 @@ class CutRule(CreditRule):
         self._shares: dict[str, float] = {}
         self._firsts: dict[str, str] = {}
         self._live: set[str] = set()
-        self._idle: set[str] = set()  # cuts on which no output that was met depends: they have no credit
-        self.readers: dict[str, str] = {}  # the layer that reads a unit's output as it is
+        self._idle: set[str] = set()  # cuts that no output seen so far depends on: they have no credit
+        self.readers: dict[str, str] = {}  # the layer that reads a unit's output unchanged
         self.heads: list[str] = []  # layers whose output is the model's
         self._right: set[tuple[object, ...]] = set()  # call sequences whose cuts are known to be right
-        self._graded: list[bool] = []  # which outputs depend on anything
+        self._graded: list[bool] = []  # which outputs depend on a parameter or another leaf
         self._chain: PlainChain | None = None
         self._last: set[int] = set()  # ids of parameters that the output's own error may reach
 
@@ -143,12 +143,12 @@ class CutRule(CreditRule):
 
     @property
     def remarks(self) -> list[str]:
-        """Weights that errors pass within units."""
+        """Name the weights that errors pass within units."""
         if self.inside is not None:
             return []
         merged = {} if self._separation is None else self._separation.paths
         passed = {through for calls in merged.values() for _, through in calls if through is not None}
-        passed |= {name for name, layer in self._whole.items() if is_packed(layer)}  # from one weight of them to another
+        passed |= {name for name, layer in self._whole.items() if is_packed(layer)}  # from one of its weights to another
         if not passed and self.units not in KINDS:
             return []
         which = f" (those of {', '.join(sorted(passed))})" if passed else ""
@@ -156,13 +156,13 @@ class CutRule(CreditRule):
 
     @property
     def takes_signals(self) -> bool:
-        """Whether roots are plain unit outputs, to be given their signals: where a graph is compiled or transformed."""
+        """Whether roots are plain unit outputs that will be given signals: if a graph is compiled or transformed."""
         return self.plain_roots or torch.compiler.is_compiling()
 
     def hidden_units(self, inputs: Tensor) -> list[str]:
-        """Names of the cuts in the order of execution: the module each belongs to, with "#k" when it is used again.
+        """Return the names of the cuts in order of execution: the module of each, with "#k" if it is used again.
 
-        Runs `inputs` through the model, leaving the state of model and random generators as it was.
+        Runs `inputs` through the model; the state of the model and of the random generators is restored.
         """
         if self.where == "input":
             with undisturbed(self.model), torch.no_grad():
@@ -170,14 +170,14 @@ class CutRule(CreditRule):
         return self._trace(inputs).units
 
     def first_use(self, unit: str) -> str:
-        """The unit itself, or the first of the steps at which a recurrent network uses it."""
-        if unit not in self._firsts:  # a step more than before
+        """Return the unit itself, or the first of the steps at which a recurrent network uses it."""
+        if unit not in self._firsts:  # one step more than before
             uses = {first for use, first in self._firsts.items() if base(use) == base(unit)}
             return uses.pop() if len(uses) == 1 else unit
         return self._firsts[unit]
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """What the error of each weighted layer passes through, in the words of :class:`apical.core.placement.Row`."""
+        """Return what each weighted layer's error passes through, in the terms of :class:`apical.core.placement.Row`."""
         if self.where == "input":
             return super().credit_paths(inputs)
         separation = self._trace(inputs)
@@ -188,12 +188,12 @@ class CutRule(CreditRule):
             return paths
         taught = {p for name, layer in self.layers.items() if paths[name] != "no credit" for p in layer.parameters()}
         untaught = self._untaught(separation.patterns)
-        # an embedding that the head is tied to learns as the head
+        # an embedding tied to the head learns with the head
         alone = [name for name in untaught if taught.isdisjoint(self.model.get_submodule(name).parameters())]
         return paths | dict.fromkeys(alone, "no credit")
 
     def _untaught(self, patterns: set[Pattern]) -> set[str]:
-        """Modules with parameters, none of them a layer's, that lie in hidden units only."""
+        """Return modules with parameters, but no layer's, that lie only in hidden units."""
         units: dict[str, set[str]] = {}
         for site, above, _ in patterns:
             if site not in self._whole:
@@ -244,16 +244,16 @@ class CutRule(CreditRule):
         return separation
 
     def run(self, inputs: Tensor) -> tuple[Any, list[Cut], Teacher]:
-        """Forward pass with cuts: the model's output (batch, ...), its cuts, and the teacher to be told the signals.
+        """Run the forward pass with cuts; return the output (batch, ...), the cuts, and the teacher that takes the signals.
 
         There may be several outputs, in a dictionary, tuple or list.
 
-        A root that does not require a gradient belongs to a unit without trainable parameters, or to one that the model
+        A root that requires no gradient belongs to a unit without trainable parameters, or to one that the model
         detaches.
 
         Raises:
             ConfigError: the batch is empty.
-            UnsupportedModelError: the output holds no tensor; or errors would go round the cuts.
+            UnsupportedModelError: the output contains no tensor; or errors would bypass the cuts.
         """
         self.require_attached()
         refuse_compiled(type(self).__name__, self._loops)
@@ -274,7 +274,7 @@ class CutRule(CreditRule):
         return output, [cut.bare() if cut.name in self._idle else cut for cut in done.cuts], done.teacher
 
     def plain_chain(self) -> PlainChain | None:
-        """The model as a chain with a unit behind each activation, see :mod:`apical.core.plain_chain`; None of others."""
+        """Return the model as a chain with a unit after each activation (:mod:`apical.core.plain_chain`), or None."""
         if self._chain is None and self._right and self._separation is not None:
             self._chain = PlainChain(self, hooks=[hook.id for hook in self._hooks])
             names = [stage.name for stage in self._chain.stages]
@@ -292,7 +292,7 @@ class CutRule(CreditRule):
         """Refuse a loss that reads a hidden unit's output, whose exact error would be lost at the cut.
 
         Raises:
-            UnsupportedModelError: which of the model's outputs it is.
+            UnsupportedModelError: names the output of the model.
         """
         parts = tensors(output)
         if len(parts) > 1 and not self.takes_signals and torch.is_grad_enabled() and len(parts) == len(self._graded):
@@ -310,7 +310,7 @@ class CutRule(CreditRule):
             self._retried(inputs, *self._cut_pass(inputs, False), False)
 
     def _is_right(self, output: Any, done: Pass) -> bool:
-        """Whether no error goes round the cuts of a pass: its calls were seen before, and so was what the output reaches."""
+        """Return whether no error bypasses the cuts: the pass's calls, and what its output reaches, were seen before."""
         sequence = (self.model.training, *done.events)
         if self.takes_signals or not done.learns:
             names = None if self._separation is None else self._separation.units
@@ -321,12 +321,12 @@ class CutRule(CreditRule):
 
     @eagerly
     def _retried(self, inputs: Tensor, output: Any, done: Pass, takes_signals: bool) -> tuple[Any, Pass]:
-        """The pass itself, if its cuts turn out to be right, or another one with further cuts.
+        """Return the pass itself if its cuts prove right, or another one with further cuts.
 
         Raises:
             UnsupportedModelError: each pass takes a different path.
         """
-        if takes_signals:  # as the caller is compiled, which this method is not
+        if takes_signals:  # because the caller is compiled, and this method is not
             known = [] if self._separation is None else self._separation.units
             missed = ", ".join(sorted({base(unit) for unit in known} - {base(cut.name) for cut in done.cuts}))
             remedy = f"where such a graph does not tell of {missed}, use modules or leave it uncompiled; else " * bool(

@@ -1,4 +1,4 @@
-"""What a rule with cuts hangs on a model: hooks that end a unit at an activation's output, and what they see in one pass.
+"""What a rule with cuts attaches to a model: hooks that end a unit at an activation's output, and a record of one pass.
 
 Hooks know a :class:`Cutting`, not the rule, so that a rule without references is freed together with its hooks.
 """
@@ -31,11 +31,11 @@ class Call(NamedTuple):
 
     Attributes:
         kind: of what: a weighted layer, an activation, any module, any function.
-        name: of the module or function, with "#k" for its further calls.
+        name: name of the module or function, with "#k" for its further calls.
         base: the same without "#k".
-        at: its output in autograd's graph; None where it needs no gradient.
+        at: its output in autograd's graph; None if it needs no gradient.
         first: whether no weighted layer was called before.
-        shape: of its output, or () for layers.
+        shape: shape of its output, or () for layers.
     """
 
     kind: Literal["layer", "activation", "module", "function"]
@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
 
 def is_part_of(point: str, module: str) -> bool:
-    """Whether a point is a tensor of the module's output.
+    """Return whether a point is a tensor of the module's output.
 
     >>> is_part_of("lstm:1", "lstm"), is_part_of("lstm1", "lstm")
     (True, False)
@@ -56,27 +56,27 @@ def is_part_of(point: str, module: str) -> bool:
 
 
 def is_inside(name: str, modules: Collection[str]) -> bool:
-    """Whether a module lies within one of others."""
+    """Return whether a module lies within one of the others."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
 class Cutting:
-    """Where a model is cut, and the hooks that do it during :meth:`cut_pass`.
+    """Where a model is cut, and the hooks that cut it during :meth:`cut_pass`.
 
     Attributes:
         activations: names of activation modules.
-        packed: names of layers with several weights, whose inner calls are of no interest.
+        packed: names of layers with several weights, whose inner calls are ignored.
         exact: names of modules whose matrices keep their exact derivative, wherever they are used.
         points: further cuts: names of modules, cut at every call, and of function calls.
         bases: names of function calls among the points, without "#k".
-        inside: names of activation calls within a unit, where there is no cut.
+        inside: names of activation calls within a unit, at which there is no cut.
         tail: names of activation calls behind the last weighted layer.
         beside: those after which some layer was called, with that layer: it leads to another output.
         skips_activations: units end at the points only.
-        heard: "functions", once some cut is at a function's call.
-        moves_rows: whether rows of some unit are not those of the batch.
-        weights: the layer of each weight, by its id, when the model was traced last.
-        now: the pass that is under way.
+        heard: contains "functions" once some cut is at a function call.
+        moves_rows: whether some unit's rows are not those of the batch.
+        weights: the layer of each weight, by the weight's id, when the model was last traced.
+        now: the pass in progress.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], at_inputs: bool) -> None:
@@ -104,7 +104,7 @@ class Cutting:
                 self.hooks.append(module.register_forward_hook(partial(_after, self, "activation", name)))
 
     def add_points(self, names: Collection[str]) -> None:
-        """Cut at the outputs of these modules too, ":k" for tensor k of a layer's; other names are function calls."""
+        """Cut at the outputs of these modules too, ":k" for tensor k of a layer's output; other names are function calls."""
         for name in sorted(set(names) - self.points):
             self.points.add(name)
             module = name.partition(":")[0]
@@ -117,17 +117,17 @@ class Cutting:
 
     @property
     def is_functional(self) -> bool:
-        """Whether some cut is at a function's call, so that calls must be heard."""
+        """Whether some cut is at a function call, so that calls must be observed."""
         return bool(self.heard)
 
     def hear_functions(self) -> None:
-        """From now on, cut at function calls too."""
+        """Cut at function calls too, from now on."""
         if not self.is_functional:
             self.heard.add("functions")
             self.hooks += self._owners()
 
     def _owners(self) -> list[Any]:
-        """Hooks that keep count of whose code runs."""
+        """Return hooks that track which module's code is running."""
         hooks: list[Any] = []
         for name, module in self.modules.items():
             if name in self.packed:
@@ -152,15 +152,15 @@ class Cutting:
 
     @staticmethod
     def _folds_apart(now: "Trace", output: Any) -> bool:
-        """Whether the output's rows are moved, or some unit has its places folded into rows and the output has not."""
+        """Return whether the output's rows moved, or a unit has positions folded into rows and the output has not."""
         folded: set[int] = set()
         moved = any([now.rows is not None and now.rows.moves(part, folded) for part in tensors(output)])
         return moved or bool(now.folds - folded)
 
     def cut_pass(self, inputs: Any, plain: bool, run: Callable[[Any], Any] | None = None) -> tuple[Any, "Pass"]:
-        """The model's output, from a pass with cuts; `plain` roots are the unit outputs themselves.
+        """Return the model's output from a pass with cuts, and the pass; `plain` roots are the unit outputs themselves.
 
-        Another rule may be at work within units: `run(inputs)` then makes the model's output.
+        Another rule may act within units: `run(inputs)` then computes the model's output.
         """
         now = Pass(self, plain)
         if self.moves_rows:
@@ -176,7 +176,7 @@ class Cutting:
     def trace(self, inputs: Any) -> tuple[Any, "Trace"]:
         """Return the model's output from a pass without cuts in which everything is recorded.
 
-        Inputs of real numbers require a gradient in it, so that the graph is whole where layers are frozen.
+        Real-valued inputs require a gradient during this pass, so that the graph is complete even if layers are frozen.
         """
         now = Trace(self)
         self.weights = {id(p): name for name, layer in self.layers.items() for p in layer.parameters() if p.dim() > 1}
@@ -202,8 +202,8 @@ class Pass:
     """A forward pass with cuts.
 
     Attributes:
-        events: names of what was called, in order; "~" before activations without a cut.
-        sites: each call of a weighted layer, and its output in the graph.
+        events: names of what was called, in order; "~" precedes activations without a cut.
+        sites: each call of a weighted layer, with its output in the graph.
         cuts: the units that ended.
         calls_of: the number of the call of a weighted layer that made a vertex.
         lasting: the vertex that represents a site after its output, a view, was changed in place.
@@ -216,19 +216,19 @@ class Pass:
         self.cuts: list[Cut] = []
         self.calls_of: dict[Vertex, int] = {}
         self.lasting: dict[Vertex, Vertex] = {}
-        self.near: str | None = None  # the last weighted layer
-        self.is_mapped = torch._C._are_functorch_transforms_active()  # the rule itself, which says so
-        self.single = 0  # axes of its output, if that is of one sample
-        self.on_view: str | None = None  # a cut at a view that was changed in place, and keeps its past
-        self.last: Tensor | None = None  # what came out of the last cut
-        self.version = (0, False)  # of that tensor then, and whether it had a past, which functions may give it
-        self.at: Vertex | None = None  # and what went in
+        self.near: str | None = None  # the last weighted layer called
+        self.is_mapped = torch._C._are_functorch_transforms_active()  # the rule refuses these itself
+        self.single = 0  # number of axes of its output, if that is of a single sample
+        self.on_view: str | None = None  # a cut at a view that was changed in place and keeps its graph
+        self.last: Tensor | None = None  # the output of the last cut
+        self.version = (0, False)  # its version at that time, and whether it had a graph, which functions may give it
+        self.at: Vertex | None = None  # and the vertex of its input
         self.counts: dict[str, int] = {}
         self.owners, self.learns = [""], torch.is_grad_enabled()
         self.rows: Rows | None = None
 
     def number(self, name: str) -> str:
-        """The name of this call."""
+        """Return the name of this call."""
         count = self.counts.get(name, 0)
         self.counts[name] = count + 1
         return f"{name}#{count}" if count else name
@@ -246,7 +246,7 @@ class Pass:
         raise UnsupportedModelError(f"layer {name!r} was called without its input; pass it by position")
 
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
-        """Note a call of a weighted layer, and whether it reads a unit's output as it is."""
+        """Record a call of a weighted layer, and whether it reads a unit's output unchanged."""
         if inputs is not None and self.is_cut(inputs):
             self.cuts[-1] = Cut(*self.cuts[-1][:-1], name)
         self.events.append(name)
@@ -276,11 +276,11 @@ class Pass:
         return None
 
     def is_merged(self, site: Vertex, passed: Vertex | None) -> bool:
-        """Whether an error that passes the one weighted site on its way to the other passes another call's weights."""
+        """Return whether an error that passes one weighted site on its way to the other passes another call's weights."""
         return passed is not None and (passed not in self.calls_of or self.calls_of[passed] != self.calls_of.get(site))
 
     def point(self, name: str, output: Any, inputs: Any = None) -> Any:
-        """Cut at a module's output. `inputs` is what it is given."""
+        """Cut at a module's output. `inputs` is the module's input."""
         if not isinstance(output, Tensor):
             return self._several(name, output) if name in self.cutting.layers else None
         if self.is_cut(output):
@@ -288,15 +288,15 @@ class Pass:
         return self.cut(self.number(name), output, output is inputs)
 
     def _several(self, name: str, output: Any) -> Any:
-        """Cut at tensors of a layer's output."""
+        """Cut at tensors in a layer's output."""
         ends = {id(part): full for full, part in parts(name, output) if full in self.cutting.points and part.requires_grad}
         return tree_map(lambda leaf: self.cut(self.number(ends[id(leaf)]), leaf) if id(leaf) in ends else leaf, output)
 
     def left(self, name: str, output: Any) -> None:
-        """A module's forward pass is over."""
+        """Called after a module's forward pass."""
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
-        """Cut at a function's result where it is an activation or a further point."""
+        """Cut at a function's result if it is an activation or a further point."""
         cutting = self.cutting
         if cutting.at_inputs or self.owners[-1] in cutting.activations or self.owners[-1] in cutting.packed:
             return result
@@ -312,7 +312,7 @@ class Pass:
         return result
 
     def applied(self, function: Callable[..., Any], args: tuple[Any, ...]) -> str | None:
-        """A layer whose weight a function applies, `F.linear(x, layer.weight)`, which is near as if it were called."""
+        """Return the layer whose weight a function applies, `F.linear(x, layer.weight)`; it counts as called."""
         layer = None
         if getattr(function, "__name__", "") in PRODUCTS:
             given = [part if part._base is None else part._base for part in args if isinstance(part, Tensor)]
@@ -321,13 +321,13 @@ class Pass:
         return layer
 
     def called(self, function: Callable[..., Any]) -> str:
-        """Name of a function's calls by the module whose code runs."""
+        """Return the name of a function's calls, by the module whose code runs."""
         owner = self.owners[-1]
         name = getattr(function, "__name__", "function")
         return f"{owner}.F.{name}" if owner else f"F.{name}"
 
     def cut(self, name: str, hidden: Tensor, in_place: bool = False) -> Tensor:
-        """End a unit: what is returned has the same numbers, and no past."""
+        """End a unit: return a tensor with the same values, but without a graph."""
         if self.single and hidden.dim() == self.single:
             raise UnsupportedModelError(
                 f"layer {self.near!r} is called on a single sample (its unit has the shape {tuple(hidden.shape)}), so "
@@ -359,7 +359,7 @@ class Pass:
         return self.last
 
     def is_cut(self, output: Any) -> bool:
-        """Whether this is what came out of the last cut, unchanged."""
+        """Return whether this is the unchanged output of the last cut."""
         last = self.last
         return (
             output is last and last is not None and not (self.learns and self.version != (last._version, last.requires_grad))
@@ -370,10 +370,10 @@ class Trace(Pass):
     """A forward pass without cuts in which every call is recorded.
 
     Attributes:
-        calls: in order.
-        folds: numbers of rows of tensors in which each sample has several rows, one behind the other.
-        hears: an activation follows a layer's weight that a function has applied.
-        fed: results that were made of the batch, not of weights alone.
+        calls: the calls in order.
+        folds: row counts of tensors in which each sample has several consecutive rows.
+        hears: whether an activation follows a layer's weight that a function has applied.
+        fed: results computed from the batch, not from weights alone.
         shrinkage: what divides the squared length of an error on its way down: averages and layers with small weights.
     """
 
@@ -386,7 +386,7 @@ class Trace(Pass):
         self.fed: set[Vertex | None] = set()
 
     def layer(self, name: str, output: Any, inputs: Any = None) -> None:
-        """Note a layer's output."""
+        """Record a layer's output."""
         super().layer(name, output)
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedModelError(
@@ -401,19 +401,19 @@ class Trace(Pass):
             self.shrinkage[at] = 1 / min(1.0, gain(self.cutting.layers[name]))
 
     def activation(self, name: str, output: Tensor, inputs: Any) -> Tensor | None:
-        """Note an activation's output."""
+        """Record an activation's output."""
         first = self.near is None
         if not first and all(layer != self.near for layer, _ in self.sites):
-            self.hears = True  # functions alone tell that its weight was used
+            self.hears = True  # only the function calls show that its weight was used
         self._watch(output)
         if self.cutting.skips_activations:
-            return None  # noted as every module's output
+            return None  # recorded like every module's output
         number = name if first else self.number(name)
         self.calls.append(Call("activation", number, name, vertex(output), first, tuple(output.shape)))
         return None
 
     def point(self, name: str, output: Any, inputs: Any = None) -> Tensor | None:
-        """Noted as every module's output."""
+        """Do nothing: the output is recorded like every module's."""
         return None
 
     def _note_fed(self, output: Tensor) -> None:
@@ -421,13 +421,13 @@ class Trace(Pass):
             self.fed.add(vertex(output))
 
     def _watch(self, output: Tensor) -> None:
-        """From now on, follow the samples if this is a unit that could have moved rows."""
+        """Follow the samples from now on if this unit could have moved rows."""
         self._note_fed(output)
         if not self.cutting.moves_rows and self.rows is not None:
             self.cutting.moves_rows = self.rows.moves(output, self.folds)
 
     def left(self, name: str, output: Any) -> None:
-        """Note a module's output."""
+        """Record a module's output."""
         several = name in self.cutting.layers and not isinstance(output, Tensor)
         for full, part in parts(name, output) if several else [(name, output)]:
             if isinstance(part, Tensor) and part.grad_fn is not None:
@@ -436,7 +436,7 @@ class Trace(Pass):
                 self.calls.append(Call("module", number, full, vertex(part), shape=tuple(part.shape)))
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> Any:
-        """Note a function's result."""
+        """Record a function's result."""
         refuse_derivatives(function, args, {self.lasting[at][0]: name for name, at in self.sites if at}, True)
         if self.owners[-1] in self.cutting.activations or self.owners[-1] in self.cutting.packed:
             return result
@@ -456,7 +456,7 @@ class Trace(Pass):
             elif kind in AVERAGES and args and isinstance(args[0], Tensor):
                 self.shrinkage[at] = args[0].numel() / max(result.numel(), 1)
             elif kind in NORMALISATIONS and args and isinstance(args[0], Tensor) and args[0].grad_fn is not None:
-                self.shrinkage.pop(cast(Vertex, vertex(args[0])), None)  # it undoes the layer's gain
+                self.shrinkage.pop(cast(Vertex, vertex(args[0])), None)  # it cancels the layer's gain
         return result
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a loss or with targets, in words, found when a rule has failed on them or has ignored a part."""
+"""Explain what is wrong with a loss or with targets after a rule has failed on them or ignored a part of them."""
 
 import inspect
 import warnings
@@ -20,17 +20,17 @@ from apical.core.wrappers import compiled_function
 from apical.errors import ApicalError, ConfigError, DivergenceError, UnsupportedModelError
 
 STILL = 3
-"""Steps after which a rule says that its own parameters do not take part in them."""
+"""Number of steps without a change after which a rule warns that its own parameters are not trained."""
 
 SLIGHT = 1e-6
-"""By how much a weight of the model may move while rounding keeps one of the rule's own, up to about ten, where it is."""
+"""How far a model's weight may move while rounding leaves one of the rule's own, up to about ten in size, unchanged."""
 
 OFTEN = 16
 """Number of first batches that are all checked for that; afterwards only the 32nd, the 64th and so on."""
 
 
 def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> ApicalError | None:
-    """More about an error of a rule's on a batch; None where it says all, or model and loss do as they should."""
+    """Return a clearer error than the rule's on a batch; None if that says all, or if model and loss work as they should."""
     if isinstance(error, torch.OutOfMemoryError):
         return None
     if are_fake() and not isinstance(error, ApicalError):
@@ -123,7 +123,7 @@ def explained(rule: nn.Module, error: Exception, inputs: Any, targets: Any) -> A
 
 
 def _takes_one(forward: Callable[..., Any]) -> bool:
-    """Whether a function can be called with one argument by position."""
+    """Return whether a function can be called with one positional argument."""
     try:
         inspect.signature(forward).bind(None)
     except (TypeError, ValueError):
@@ -132,7 +132,7 @@ def _takes_one(forward: Callable[..., Any]) -> bool:
 
 
 def _misplaced(inputs: Any, parameter: Tensor | None) -> ApicalError | None:
-    """Why a model does not take its inputs, by device and type; None where its own error says more."""
+    """Return why a model does not accept its inputs, by device and dtype; None if its own error says more."""
     if parameter is None or not isinstance(inputs, Tensor):
         return None
     if inputs.device != parameter.device:
@@ -149,11 +149,11 @@ def _misplaced(inputs: Any, parameter: Tensor | None) -> ApicalError | None:
 
 
 def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
-    """Refuse outputs without a batch axis whose error PyTorch's loss cannot be asked for, though it gave a number.
+    """Refuse outputs without a batch axis for which PyTorch's loss returns a value but fails in the backward pass.
 
     Args:
-        loss: it has taken both.
-        output: of one dimension.
+        loss: has accepted both.
+        output: a tensor of one dimension.
         targets: whatever the loss takes.
 
     Raises:
@@ -173,23 +173,23 @@ def require_rows(loss: Any, output: Tensor, targets: Any) -> None:
 
 
 def require_loss_of_output(rule: CreditRule, inputs: Any, targets: Any) -> None:
-    """Refuse a loss that also reads activities of the model, for rules that ask it for the error at the output alone.
+    """Refuse a loss that also reads activities of the model, for rules that only use its error at the output.
 
     Raises:
-        ConfigError: the loss, of an output without a graph, still depends on the model's activities, or does not depend on
+        ConfigError: given an output without a graph, the loss still depends on the model's activities, or does not depend on
             that output.
     """
     model: Any = rule.model
     loss: Any = rule.loss
     with undisturbed(rule), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules fit to each other
+        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules reshape
         try:
             output = model(inputs)
             leaf = output.detach().requires_grad_()
             value = loss(leaf, targets)
             is_followed = value.dim() > 0 or _leads(value.grad_fn, leaf)
         except Exception:
-            return  # the rule calls them in another way, or says what is wrong
+            return  # the rule calls them differently, or reports the error itself
     if isinstance(value, Tensor) and _nodes(value.grad_fn) & _nodes(output.grad_fn):
         raise ConfigError(
             f"the loss reads activities inside the model, and {type(rule).__name__} learns from its derivative with respect "
@@ -201,7 +201,7 @@ def require_loss_of_output(rule: CreditRule, inputs: Any, targets: Any) -> None:
 
 
 def _nodes(root: Node | None) -> set[Node]:
-    """Nodes of a graph without its leaves."""
+    """Return the nodes of a graph without its leaves."""
     seen: set[Node] = set()
     waiting = [] if root is None else [root]
     while waiting:
@@ -213,7 +213,7 @@ def _nodes(root: Node | None) -> set[Node]:
 
 
 def require_reached(rule: CreditRule, inputs: Tensor, credit: Credit) -> None:
-    """Refuse inputs that wait for an error which this rule does not send them.
+    """Refuse inputs that require an error which this rule does not send to them.
 
     Raises:
         ConfigError: no root of the credit leads to them.
@@ -240,7 +240,7 @@ def _leads(root: Node | None, end: Tensor) -> bool:
 
 
 def refuse_tangents(rule: nn.Module, args: Sequence[Any]) -> None:
-    """Refuse tangents of forward-mode differentiation, which would end in the rule.
+    """Refuse tangents of forward-mode differentiation, which would not pass the rule.
 
     Raises:
         ConfigError: the batch, or a parameter of the rule, has one.
@@ -254,7 +254,7 @@ def refuse_tangents(rule: nn.Module, args: Sequence[Any]) -> None:
 
 
 def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
-    """What is looked at before a batch; `first` is the first of its kind of loss and targets.
+    """Run the checks that precede a batch; `first` is whether its kind of loss and targets is new.
 
     Raises:
         ConfigError: see :func:`require_loss_of_output`.
@@ -270,10 +270,10 @@ def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
 
 
 def require_no_counted_passes(rule: CreditRule) -> None:
-    """Refuse Opacus, which waits for the error of every pass of every layer, where a rule has passes without one.
+    """Refuse Opacus, which expects an error for every pass of every layer, if the rule has passes without one.
 
     Raises:
-        UnsupportedModelError: gradients of single samples are to be taken by it.
+        UnsupportedModelError: Opacus is to compute per-sample gradients.
     """
     serves = rule.chains_errors and not _own_parameters(rule)
     if not serves and any(hasattr(parameter, "_forward_counter") for parameter in rule.parameters()):
@@ -284,7 +284,7 @@ def require_no_counted_passes(rule: CreditRule) -> None:
 
 
 def look_after(rule: CreditRule, args: Sequence[Any], credit: Credit) -> None:
-    """What is looked at in the credit of a batch.
+    """Run the checks of a batch's credit.
 
     Raises:
         ConfigError: see :func:`require_reached`.
@@ -297,7 +297,7 @@ def look_after(rule: CreditRule, args: Sequence[Any], credit: Credit) -> None:
 
 
 def look_at_optimizer(rule: CreditRule) -> None:
-    """Count looks at which the model's parameters had moved since the one before and none of the rule's own."""
+    """Count checks at which the model's parameters had moved since the previous one but the rule's own had not."""
     count, *before = rule._looks
     models = list(rule.model.parameters())
     own = _own_parameters(rule)
@@ -319,18 +319,18 @@ def _own_parameters(rule: CreditRule) -> list[Tensor]:
 
 
 def _seen(parameter: Tensor) -> Any:
-    """Some values, which show changes through `.data` too; a version where they lie elsewhere."""
+    """Return some values, which reveal changes through `.data` too; for other layouts, the version."""
     is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta
     return strided(parameter).clone() if is_plain else parameter._version
 
 
 def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Whether nothing has moved, as far as two looks can be compared: not where a call has lent tensors, nor after `to`."""
+    """Return whether nothing moved, if comparable: not if a call lent tensors, nor after `to`."""
     return all(map(_equal, before, now))
 
 
 def _is_moved(a: Any, b: Any) -> bool:
-    """Whether a parameter has moved by more than what rounding may keep from the rule's own."""
+    """Return whether a parameter moved by more than rounding could hide in the rule's own parameters."""
     slight = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
     return not _equal(a, b) and not (slight and torch.allclose(a, b, rtol=0, atol=SLIGHT))
 
@@ -342,7 +342,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def warn_of_rest(rule: CreditRule, credit: Credit) -> None:
-    """Warn of parameters of the rule's own that this batch teaches, though only the model's have moved so far."""
+    """Warn if this batch trains the rule's own parameters although only the model's have moved so far."""
     roots = [(root, root.grad_fn) for root in credit.roots]
     if any(root is own or _leads(node, own) for own in _own_parameters(rule) for root, node in roots):
         warnings.warn(
@@ -354,7 +354,7 @@ def warn_of_rest(rule: CreditRule, credit: Credit) -> None:
 
 
 def why_not_finite(args: Sequence[Any]) -> str:
-    """Why the loss of a batch, or its gradients, are not finite."""
+    """Return why the loss of a batch, or its gradients, are not finite."""
     batch = zip(("inputs", "targets"), args, strict=False)
     values = [(name, value) for name, value in batch if isinstance(value, Tensor)]
     if any(value.shape[:1] == (0,) for _, value in values):

@@ -1,7 +1,7 @@
-"""Gains, offsets and norms that a user wrote: modules in which each number of a parameter belongs to one unit.
+"""Gains, offsets and norms written by users: modules in which each entry of a parameter belongs to one unit.
 
-Such a module holds no weight between two populations, as no layer norm does. It is known by trying: on noise, a change of
-some numbers of a vector moves the outputs of these units alone.
+Such a module has no weight between two populations, just like layer norm. It is recognised by a trial: on noise, changing
+some entries of a vector changes the outputs of only these units.
 """
 
 import copy
@@ -21,7 +21,7 @@ _known: WeakKeyDictionary[nn.Module, Kind] = WeakKeyDictionary()
 def diagonal_kind(module: nn.Module) -> Kind:
     """A user's module whose parameters are all vectors, each number of which acts only on its own unit.
 
-    "norm" where the output does not depend on the size of the input, else "gain"; "" for any other module.
+    "norm" if the output does not depend on the size of the input, else "gain"; "" for any other module.
 
     >>> class RMSNorm(nn.Module):
     ...     def __init__(self, n):
@@ -41,12 +41,12 @@ def diagonal_kind(module: nn.Module) -> Kind:
     return _known[module]
 
 
-# a graph would watch the dictionary, which changes as models vanish; what the compiler looks for
+# a graph would guard the dictionary, which changes when modules are freed; the compiler looks for this attribute
 diagonal_kind._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _units_of(module: nn.Module) -> int:
-    """How many numbers each parameter of a module has that has vectors alone, perhaps with axes of size one; 0 of others."""
+    """Return the size of a module's parameters if all are vectors (perhaps with axes of size one) of one size, else 0."""
     own = list(module.parameters())
     if type(module).__module__.startswith("torch.nn") or next(module.children(), None) is not None or not own:
         return 0
@@ -57,7 +57,7 @@ def _units_of(module: nn.Module) -> int:
 
 
 def _tried(module: nn.Module, shape: tuple[int, ...], axis: int) -> Kind:
-    """Its kind on noise of a shape whose `axis` has the units; "" where the module does not take that."""
+    """Return the kind on noise of a shape whose `axis` holds the units; "" if the module does not accept that shape."""
     like = next(module.parameters())
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     try:
@@ -70,7 +70,7 @@ def _tried(module: nn.Module, shape: tuple[int, ...], axis: int) -> Kind:
                 return ""
             return "norm" if torch.allclose(twin(4 * noise), before, rtol=0.02, atol=0.02) else "gain"
     except Exception:
-        return ""  # whatever it is made for, it is not this
+        return ""  # whatever it is made for, it is not this kind
 
 
 def _touches_its_own(twin: nn.Module, parameter: nn.Parameter, noise: Tensor, before: Tensor, axis: int) -> bool:
@@ -85,7 +85,7 @@ def _touches_its_own(twin: nn.Module, parameter: nn.Parameter, noise: Tensor, be
 
 
 def _halves(n: int, device: torch.device) -> Iterator[Tensor]:
-    """Sets of units such that of any two, in either order, one set holds the first and not the second."""
+    """Yield sets of units such that for any two units, in either order, one set contains the first but not the second."""
     units = torch.arange(n, device=device)
     for bit in range((n - 1).bit_length()):
         yield units >> bit & 1 == 1

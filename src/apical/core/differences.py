@@ -1,4 +1,4 @@
-"""`phi(v + d) - phi(v)` of single activations, without cancellation: (activation, v, r, d) -> of v's shape, `r = phi(v)`.
+"""`phi(v + d) - phi(v)` of specific activations, without cancellation: (activation, v, r, d) -> v's shape, `r = phi(v)`.
 
 Control signals are small compared to potentials they act on. Taken as a difference of two rates, their effect loses four
 digits in float32 and more; the identities here keep them all.
@@ -28,7 +28,7 @@ GAUSS = tuple(
     )
     for sign in ((1, -1) if node else (1,))
 )
-"""Nodes and weights of Gauss and Legendre on [0, 1], five of them."""
+"""Nodes and weights of five-point Gauss-Legendre quadrature on [0, 1]."""
 
 
 DIFFERENCES: dict[type[nn.Module], Difference] = {
@@ -50,7 +50,7 @@ DIFFERENCES: dict[type[nn.Module], Difference] = {
     nn.SiLU: lambda a, v, r, d: _silu_difference(v, d),
     DoubleSiLU: lambda a, v, r, d: (_silu_difference(v, d) - _silu_difference(v - 2, d)) / 2,
 }
-"""By type of activation; longer ones follow."""
+"""By type of activation; longer ones are below."""
 
 
 def _of(*kinds: type[nn.Module]) -> Callable[[Difference], Difference]:
@@ -115,14 +115,14 @@ def _(activation: nn.Mish, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
 @_of(nn.GELU)
 def _(activation: nn.GELU, v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     moved = v + d
-    if activation.approximate == "tanh":  # v sigma(2 g(v)), g a cubic
+    if activation.approximate == "tanh":  # v sigma(2 g(v)) with a cubic g
         scale = 2 * math.sqrt(2 / math.pi)
         inner = scale * (v + 0.044715 * v**3)
         rise = scale * d * (1 + 0.044715 * (3 * v * moved + d * d))
         gate = torch.sigmoid(inner)
         change = _tanh_difference(inner / 2, 2 * gate - 1, rise / 2) / 2
         return d * torch.sigmoid(inner + rise) + v * change
-    rise = torch.zeros_like(v)  # of the normal distribution function, from its density
+    rise = torch.zeros_like(v)  # increase of the normal distribution function, from its density
     for node, weight in GAUSS:
         rise = rise + weight * torch.exp(-((v + node * d) ** 2) / 2)
     small = d * rise / math.sqrt(2 * math.pi)
@@ -144,13 +144,13 @@ def _elu_difference(v: Tensor, d: Tensor, alpha: float) -> Tensor:
 
 
 def _softplus_difference(v: Tensor, d: Tensor) -> Tensor:
-    """`log(1 + e^(v+d)) - log(1 + e^v) = log1p(sigma(v) (e^d - 1))`; the plain one where e^d is too large a number."""
+    """`log(1 + e^(v+d)) - log(1 + e^v) = log1p(sigma(v) (e^d - 1))`; the plain difference if e^d is too large."""
     change = torch.log1p(torch.sigmoid(v) * torch.expm1(d.clamp_max(20)))
     return torch.where(d > 20, F.softplus(v + d) - F.softplus(v), change)
 
 
 def _silu_difference(v: Tensor, d: Tensor) -> Tensor:
-    """Of `v sigma(v)`, by the rule for products: `d sigma(v+d) + v (sigma(v+d) - sigma(v))`."""
+    """For `v sigma(v)`, by the product rule: `d sigma(v+d) + v (sigma(v+d) - sigma(v))`."""
     change = _tanh_difference(v / 2, 2 * torch.sigmoid(v) - 1, d / 2) / 2
     return d * torch.sigmoid(v + d) + v * change
 
@@ -158,8 +158,8 @@ def _silu_difference(v: Tensor, d: Tensor) -> Tensor:
 def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
     """`tanh(v + d) - tanh(v) = tanh(d) (1 - r tanh(v + d)) = s (1 - r^2) / (1 + r s)` with `s = tanh(d)`, `r = tanh(v)`.
 
-    The last form spares one hyperbolic tangent of two where d does not undo v, and in float32 both where d is so small that
-    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU, and in compiled graphs, they cost less than looking would.
+    The last form saves one of two hyperbolic tangents if d does not cancel v, and in float32 both if d is so small that
+    `s = d - d^3/3` (the next term is `2 d^5/15`). On a GPU and in compiled graphs, they cost less than the check would.
     """
     if d.is_cpu and d.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(d)
@@ -174,5 +174,5 @@ def _tanh_difference(v: Tensor, r: Tensor, d: Tensor) -> Tensor:
 
 
 def _relu_difference(v: Tensor, d: Tensor) -> Tensor:
-    """`max(d + min(v, 0), -max(v, 0))`: without a choice by element, which on a CPU costs more than all the rest."""
+    """`max(d + min(v, 0), -max(v, 0))`: avoids an elementwise choice, which on a CPU costs more than all the rest."""
     return torch.maximum(v.clamp_max(0).add_(d), v.clamp_min(0).neg_())

@@ -1,12 +1,12 @@
-"""Feedback in place of the transposed weight: rewire the backward map of single layers, and nothing else.
+"""Feedback instead of the transposed weight: replaces the backward map of single layers, and nothing else.
 
-A rule of this family is one pure function per layer, the feedback weight, evaluated when the backward pass needs it. Two
-ways lead the error through it; both leave the layer's weight gradient and every other module to autograd.
+A rule of this family is one pure function per layer, the feedback weight, evaluated when the backward pass needs it. There
+are two ways to send the error through it; both leave the layer's weight gradient and every other module to autograd.
 
-    swap   while the layer runs, autograd keeps a note in place of the weight; when it asks for the weight to make the error
-           at the input, it is given the feedback weight (:mod:`apical.core.swap`). Costs next to nothing.
+    swap   while the layer runs, autograd saves a note instead of the weight; when it asks for the weight to make the error
+           at the input, it gets the feedback weight (:mod:`apical.core.swap`). Costs next to nothing.
     edge   the layer's input is detached, and an identity on its output carries the error to the old input by
-           :func:`apical.core.transport.transport`. For what a swap cannot do: layers that compute with a function of their
+           :func:`apical.core.transport.transport`. For cases that a swap cannot handle: layers that use a function of their
            weight, autocast, `torch.compile`, activation checkpoints, and pathways that are not one matrix.
 """
 
@@ -48,11 +48,11 @@ class EdgeRule(CreditRule):
         model: network of Linear and convolution layers of any kind; other modules keep their exact derivative.
         loss: maps (output, targets) to a scalar batch mean.
         exact: names of modules or parameters without known transport that keep their exact derivative.
-        first_layer: hold feedback for the first registered layer in any case. Otherwise only where it has a second name, or
+        first_layer: hold feedback for the first registered layer in any case. Otherwise only if it has a second name, or if
             trainable parameters are registered before it (an embedding): these get their error through it.
-        sites: names of parameters, matrices (n_out, n_in), that a user's module multiplies its activities by itself
-            (`F.linear(x, self.weight)`); there too the error goes back through feedback. The module may use them in no
-            other way.
+        sites: names of parameters, matrices (n_out, n_in), by which a user's module itself multiplies its activities
+            (`F.linear(x, self.weight)`); there too the error goes back through feedback. The module must not use them in
+            any other way.
         through_time: whether recurrent weights of PyTorch's recurrent modules lead the error to earlier moments; if not,
             their feedback is zero, and all else is unchanged. An LSTM then learns by e-prop, and a leaky network by RFLO.
 
@@ -83,7 +83,7 @@ class EdgeRule(CreditRule):
         still = set() if through_time else self._recurrent()
         self.layers = {name: layer for name, layer in self._weighted.items() if name not in {self._first, *still}}
         self.geometries = {name: geometry(layer) for name, layer in self.layers.items()}
-        self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another way for the error
+        self._one_matrix = type(self).pathway is EdgeRule.pathway  # no layer has another path for the error
         self._aliased = len(set(every)) < len(every)
         self._unseen = set(self._weighted)
         self._found, self._batches, self._passes = Found(model), 0, 0
@@ -94,7 +94,7 @@ class EdgeRule(CreditRule):
         self._attach()
 
     def _recurrent(self) -> set[str]:
-        """Names of the recurrent weights.
+        """Return the names of the recurrent weights.
 
         Raises:
             ConfigError: there are none.
@@ -122,7 +122,7 @@ class EdgeRule(CreditRule):
         for owner, wrapped in zip(owners, hold.wrapped[len(plain) :], strict=True):
             own = {name: part for name, part in parts.items() if part.owner is owner}
             first = self._first if self._first in own else None
-            from apical.core.bundle import Bundle  # few models have such modules
+            from apical.core.bundle import Bundle  # few models need it
 
             bundle = Bundle(names[owner], wrapped, own, self._feedback_of_part, first, self._projected)
             bundle.refuse_substitutes()
@@ -130,11 +130,11 @@ class EdgeRule(CreditRule):
         self._loops = tuple(names[owner] for owner in owners if isinstance(owner, nn.RNNBase))
 
     def _feedback_of_part(self, name: str) -> Callable[[], Tensor]:
-        """What makes the feedback of one weight of a packed module: none for the first layer, or through time."""
+        """Return what makes the feedback of a packed module's weight: zero in the first layer, or through time."""
         return self._kept(name) if name in self.layers else partial(torch.zeros_like, self._weighted[name].weight)
 
     def _feedback_now(self, name: str) -> Feedback:
-        """The feedback of one layer in this call of the rule, which later calls leave as it is."""
+        """Return the feedback of one layer for this call of the rule, which later calls leave unchanged."""
         if not self.renews:
             return self.feedback_of(name)
         if name not in self._present:
@@ -142,14 +142,14 @@ class EdgeRule(CreditRule):
         return self._present[name]
 
     def _kept(self, name: str) -> Callable[[], Tensor]:
-        """What makes the feedback weight of one layer in the backward pass of this call."""
+        """Return the function that computes the feedback weight of one layer in the backward pass of this call."""
         if not self.renews:
             return partial(self.feedback_weight, name)
         compute, tensors = self._feedback_now(name)
         return partial(compute, self.geometries[name], *tensors)
 
     def _projected(self, name: str, block: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """A dense layer whose weight is a block of rows of a part's, with an edge."""
+        """Compute a dense layer whose weight is a block of a part's rows, with an edge."""
         if not (inputs.requires_grad and name in self.layers):
             return F.linear(inputs, weight, bias)
         compute, tensors = self._feedback_now(name)
@@ -158,7 +158,7 @@ class EdgeRule(CreditRule):
         return cast(Tensor, cast(Any, FeedbackEdge).apply(output, inputs, rows, None, None, *tensors))
 
     def weight_name(self, name: str) -> str:
-        """Name in the model of the parameter that is a layer's weight."""
+        """Return the model's name of the parameter that is a layer's weight."""
         layer = self._weighted[name]
         if not isinstance(layer, Part):
             return f"{name}.weight".lstrip(".")
@@ -175,10 +175,10 @@ class EdgeRule(CreditRule):
 
     @abstractmethod
     def feedback_of(self, name: str) -> Feedback:
-        """The feedback weight of one layer: a pure function of tensors, in the layout of the layer's weight."""
+        """Return the feedback weight of one layer: a pure function of tensors, in the layout of the layer's weight."""
 
     def pathway(self, name: str, inputs: Tensor) -> Pathway | None:
-        """Another way for the error than one feedback weight, where a rule has one; None by default.
+        """Return another path for the error than one feedback weight, if the rule has one; None by default.
 
         Args:
             name: the layer.
@@ -187,22 +187,22 @@ class EdgeRule(CreditRule):
         return None
 
     def is_plain(self, name: str) -> bool:
-        """Whether the layer computes with its own weight as it is; otherwise `delta h^T` is not the weight's gradient."""
+        """Return whether the layer uses its own weight as is; if not, `delta h^T` is not the weight's gradient."""
         if name not in self._sites:  # a part of a packed module
             return bool(self._weighted[name]._parameters)
         site = self._sites[name][1]
         return site.plain and (bool(site.within) or computes_plainly(site.layer) or through(site.layer) is not None)
 
     def takes_pathway(self, name: str) -> bool:
-        """Whether another way than one feedback weight can stand for the layer's backward map."""
+        """Return whether another path than one feedback weight can replace the layer's backward map."""
         site = self._sites.get(name)  # parts of attention and recurrent modules have none
         return site is None or (site[1].through is None and site[1].within is None)
 
     def forward_weight(self, name: str) -> Tensor:
-        """The weight that the layer computes with: its parameter, or what it makes of it in this forward pass.
+        """Return the weight that the layer computes with: its parameter, or what it computes from it in this pass.
 
         Raises:
-            UnsupportedModelError: under `torch.compile`, a layer whose weight is another at every call.
+            UnsupportedModelError: under `torch.compile`, the layer's weight differs at every call.
         """
         if self.is_plain(name):
             return self.layers[name].weight
@@ -218,7 +218,7 @@ class EdgeRule(CreditRule):
         return measured_weight(site.layer, call)
 
     def random_feedback(self, generator: torch.Generator | None = None) -> nn.Module:
-        """A buffer for each layer, drawn from the Xavier uniform law of its weight; layers that share a weight share it."""
+        """Return a buffer per layer, drawn from the Xavier uniform law of its weight; shared weights share a buffer."""
         feedback = nn.Module()
         drawn: dict[int | str, Tensor] = {}
         for name, layer in self.layers.items():
@@ -245,7 +245,7 @@ class EdgeRule(CreditRule):
             buffer.copy_(value)
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """What the error of each layer passes through on its way down."""
+        """Return what the error of each layer passes through on its way down."""
         from apical.core.placement import layer_paths
 
         paths = layer_paths(self.model, inputs, "exact")
@@ -259,28 +259,28 @@ class EdgeRule(CreditRule):
         return paths
 
     def feedback_weight(self, name: str) -> Tensor:
-        """Effective feedback weight of one layer, in the shape of the layer's weight."""
+        """Return the effective feedback weight of one layer, in the shape of the layer's weight."""
         compute, tensors = self.feedback_of(name)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # off in a backward pass, where time counts
             return compute(self.geometries[name], *tensors)
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """Effective feedback weight of each layer."""
+        """Return the effective feedback weight of each layer."""
         return {name: self.feedback_weight(name) for name in self.layers}
 
     def substitutes(self) -> dict[str, Tensor]:
-        """Tensors that stand in for parameters in the forward pass (:class:`apical.core.tap.WeightTap`); none by default."""
+        """Return tensors that replace parameters in the forward pass (:class:`apical.core.tap.WeightTap`); default: none."""
         return {}
 
     def prepare(self, inputs: Any) -> None:
-        """What happens before each pass that learns; nothing by default. `inputs` are the batch's."""
+        """Prepare for a pass that learns; does nothing by default. `inputs` are the batch's."""
 
     def prepare_by_hand(self, inputs: Any) -> None:
-        """The same before a pass by hand (:mod:`apical.core.plain_chain`)."""
+        """Prepare for a pass by hand (:mod:`apical.core.plain_chain`) in the same way."""
         self.prepare(inputs)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """Credit whose root is the loss: its graph carries the feedback edges."""
+        """Return credit whose root is the loss: its graph contains the feedback edges."""
         self.require_attached()
         refuse_transforms(type(self).__name__)
         if torch.is_grad_enabled():
@@ -289,7 +289,7 @@ class EdgeRule(CreditRule):
         loss = self.loss(output, targets)
         if self._unseen and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._batches += 1
-            if self._batches & (self._batches - 1) == 0:  # every time would cost; only at first might miss a rare branch
+            if self._batches & (self._batches - 1) == 0:  # each time is too slow; only at first might miss a rare branch
                 self._require_calls(loss)
         elif self._watched and type(self).forward is EdgeRule.forward and not torch.compiler.is_compiling():
             chain = self._plain_chain()
@@ -297,7 +297,7 @@ class EdgeRule(CreditRule):
         return Credit([loss], [None], output, loss)
 
     def _run(self, inputs: Tensor) -> Any:
-        """The model's output, with this rule at work."""
+        """Return the model's output, with this rule active."""
         refuse_compiled(type(self).__name__, self._loops)
         compiling = torch.compiler.is_compiling()
         if torch.compiler.is_dynamo_compiling() and isinstance(inputs, Tensor) and (fault := self.fault_of(inputs)):
@@ -316,7 +316,7 @@ class EdgeRule(CreditRule):
         self._may_swap = not (compiling or torch.is_autocast_enabled(device.type))
         for wrapped, site in self._sites.values():
             site.weight = site.own.get("weight")
-            if type(site.weight) is Tensor:  # torch.func.functional_call, over when the backward pass asks
+            if type(site.weight) is Tensor:  # torch.func.functional_call, over before the backward pass
                 self._may_swap = False
             if substitutes:
                 site.weight = substitutes.get(self.weight_name(site.name), site.weight)
@@ -329,7 +329,7 @@ class EdgeRule(CreditRule):
         try:
             with watch or nullcontext():
                 if substitutes:
-                    # a module under two names would keep its substitute if it were put in by both
+                    # a module with two names would keep its substitute if it were inserted under both
                     output = torch.func.functional_call(self.model, substitutes, (inputs,), tie_weights=not self._aliased)
                 else:
                     output = self.model(inputs)
@@ -347,9 +347,9 @@ class EdgeRule(CreditRule):
                 bundle.settle()
 
     def _plain_chain(self) -> "PlainChain":
-        """The model as a chain to pass by hand, see :mod:`apical.core.plain_chain`; an empty one of any other."""
+        """Return the model as a chain to pass by hand (:mod:`apical.core.plain_chain`); empty if it is not a chain."""
         if self._chain is None:
-            from apical.core.plain_chain import PlainChain  # what it makes quicker works without it
+            from apical.core.plain_chain import PlainChain  # it only speeds up what works without it
 
             plain = {wrapped.layer: wrapped for wrapped, _ in self._sites.values() if wrapped.before is None}
             self._chain = PlainChain(self, wrappers=plain)
@@ -360,11 +360,11 @@ class EdgeRule(CreditRule):
         return self._chain
 
     def goes_by_weights(self) -> bool:
-        """Whether one feedback weight leads down the error of every layer, in the batch to come too."""
+        """Return whether one feedback weight sends down the error of every layer, including in the next batch."""
         return type(self).pathway is EdgeRule.pathway
 
     def send(self, name: str, delta: Tensor, error: Tensor) -> Tensor:
-        """The error (batch, n_in) below a dense layer by its feedback, from that at its output, `delta` (batch, n_out)."""
+        """Return the error (batch, n_in) below a dense layer, by its feedback, from its output's `delta` (batch, n_out)."""
         return sent(self.feedback_of(name), delta, error)
 
     def senders_by_hand(self, inputs: Tensor) -> "Sequence[Sender] | None":
@@ -391,7 +391,7 @@ class EdgeRule(CreditRule):
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward pass, with its feedback, while the rule is at work."""
+        """Run the layer's forward pass with its feedback, while the rule is active."""
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and torch.is_grad_enabled():
             refuse_transformed(site, args, kwargs)
         if not isinstance(site, Site):
@@ -431,7 +431,7 @@ class EdgeRule(CreditRule):
         return self._with_edge(site, of_input(site.forward, inputs, args, kwargs), inputs)
 
     def _through(self, site: Site, inputs: Tensor, alone: bool, call: Callable[[], Any]) -> Any:
-        """The forward pass of a layer that is no affine map."""
+        """Run the forward pass of a layer that is not an affine map."""
         if not inputs.requires_grad:
             return call()
         run = through(site.layer) if alone else None
@@ -444,7 +444,7 @@ class EdgeRule(CreditRule):
 
     def _with_edge(self, site: Site, call: Callable[[Tensor], Any], inputs: Tensor) -> Any:
         name, layer, shape = site.name, site.layer, site.shape
-        if site.plain and "weight" not in site.own:  # since the rule was made
+        if site.plain and "weight" not in site.own:  # changed since the rule was made
             site.look_again()
         around = aside if is_checkpointed() else nullcontext
         with around():
@@ -459,10 +459,10 @@ class EdgeRule(CreditRule):
         if pathway is None and not inputs.requires_grad:
             return call(inputs)
         output = call(sever(inputs))
-        if not any(t.requires_grad for t in (output, below, *tensors)):  # of a frozen layer the feedback may learn
+        if not any(t.requires_grad for t in (output, below, *tensors)):  # a frozen layer's feedback may learn
             return output
         if not (site.plain or torch.compiler.is_compiling()) and isinstance(output.grad_fn, BackwardCFunction):
-            output = output.clone()  # a function of the user's may have kept its result
+            output = output.clone()  # a user's function may have kept its result
         with around():
             return cast(Any, FeedbackEdge).apply(output, below, feedback, pathway and pathway[0], shape, *tensors)
 

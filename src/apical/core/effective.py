@@ -1,7 +1,7 @@
-"""The weight a layer really computes with, where that is a function of its parameter: masked, quantised, scaled.
+"""The weight that a layer actually applies, if it is a function of its parameter: masked, quantised, scaled.
 
-An edge replaces the backward map of such a layer at its own output. That is right only where the layer is affine in its
-input, with the geometry of its `weight`; both are read off the layer's own derivative.
+An edge replaces the backward map of such a layer at the layer's output. That is correct only if the layer is affine in its
+input, with the geometry of its `weight`; both are determined from the layer's own derivative.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,14 @@ Call = Callable[[Tensor], Any]
 
 
 def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
-    """W of `a = W h + b` as the layer computes it now, in the shape of its `weight`; without gradient.
+    """Return W of `a = W h + b` as the layer computes it now, in the shape of its `weight`; without gradient.
 
-    Random numbers and buffers are left as they were, so that the layer's next call computes with this very weight. Types
-    registered with a function for their weight (:func:`apical.core.layers.register_layer`) are asked for it.
+    Random numbers and buffers are restored, so that the layer's next call uses this same weight. For types
+    registered with a function for their weight (:func:`apical.core.layers.register_layer`), that function is called.
 
     Args:
         layer: a layer of a type with known :func:`geometry`.
-        call: the layer's forward pass; the layer itself unless given.
+        call: the layer's forward pass; by default the layer itself.
     """
     if call is None and computes_plainly(layer):
         return cast(Tensor, layer.weight).detach()
@@ -41,7 +41,7 @@ def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
             known = effective_weight(layer)
         if known is not None:
             return known.detach()
-    weight = weight.to(next(layer.parameters()))  # an old weight norm or pruning keeps that of its last call
+    weight = weight.to(next(layer.parameters()))  # an old weight norm or pruning keeps the dtype of its last call
     call = call or (layer.forward if layer._forward_hooks else layer)
     shape = geometry(layer)
     inputs, errors_for = _probe(shape, layer, weight)
@@ -60,7 +60,7 @@ def measured_weight(layer: nn.Module, call: Call | None = None) -> Tensor:
 
 
 def weight_now(layer: nn.Module) -> Tensor:
-    """The layer's attribute `weight`, detached; where looking at it moves buffers (spectral norm), they are put back."""
+    """Return the layer's attribute `weight`, detached; buffers that reading it changes (spectral norm) are restored."""
     if "weight" in layer._parameters or torch.compiler.is_compiling():
         return cast(Tensor, layer.weight).detach()
     with unchanged(layer, next(layer.parameters()).device):
@@ -68,7 +68,7 @@ def weight_now(layer: nn.Module) -> Tensor:
 
 
 def is_drawn(layer: nn.Module) -> bool:
-    """Whether the weight that the layer computes with depends on random numbers."""
+    """Return whether the weight that the layer applies depends on random numbers."""
     first = measured_weight(layer)
     with torch.random.fork_rng([first.device] if first.device.type == "cuda" else []):
         torch.rand(1, device=first.device)
@@ -76,17 +76,17 @@ def is_drawn(layer: nn.Module) -> bool:
 
 
 def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Inputs (zero), and the errors at the output that read the weight, each of its entries exactly once.
+    """Return inputs (zero), and output errors that read each entry of the weight exactly once.
 
-    An error of one at a single output neuron reaches the inputs that this neuron sees, by the weights it sees them with. A
-    neuron of a transposed convolution sees one in `stride` taps: there as many neighbours as the stride are asked.
+    An error of one at a single output neuron reaches the inputs that this neuron sees, through the weights to them. A
+    neuron of a transposed convolution sees one in `stride` taps, so as many neighbours as the stride are needed.
     """
     if shape is None:
         n_out, n_in = weight.shape
         return weight.new_zeros(n_out, n_in), lambda output: torch.eye(n_out, dtype=output.dtype, device=output.device)
     padding = shape.padding
     if pads_itself(layer):
-        padding = tuple(cast(_ConvNd, layer)._reversed_padding_repeated_twice[-2::-2])  # before each dimension
+        padding = tuple(cast(_ConvNd, layer)._reversed_padding_repeated_twice[-2::-2])  # the padding before each dimension
     reach = [d * (k - 1) for d, k in zip(shape.dilation, weight.shape[2:], strict=True)]
     sizes = list(zip(padding, shape.stride, reach, strict=True))
     if shape.transposed:
@@ -100,7 +100,7 @@ def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Te
     offsets = list(product(*steps))
 
     def errors(output: Tensor) -> Tensor:
-        """(rows * offsets, groups * rows, ...): one at one neuron of each group."""
+        """Return (rows * offsets, groups * rows, ...): one at one neuron of each group."""
         result = output.new_zeros(rows, len(offsets), shape.groups, rows, *output.shape[2:])
         neurons = torch.arange(rows, device=output.device)
         for i, offset in enumerate(offsets):
@@ -112,11 +112,11 @@ def _probe(shape: Geometry | None, layer: nn.Module, weight: Tensor) -> tuple[Te
 
 
 def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alike: Sequence[str] = ()) -> None:
-    """Verify that the layer is affine in its input with the geometry of its weight, forwards and backwards, near `inputs`.
+    """Check that the layer is affine in its input with the geometry of its weight, forwards and backwards, near `inputs`.
 
     Args:
-        name: the layer's name, for the message.
-        layer: the layer; random numbers and buffers are left as they were.
+        name: name of the layer, for the message.
+        layer: the layer; random numbers and buffers are restored.
         call: its forward pass.
         inputs: what it was called with, not empty.
         alike: names of layers of its type that are expected to behave in the same way.
@@ -155,7 +155,7 @@ def require_affine(name: str, layer: nn.Module, call: Call, inputs: Tensor, alik
 
 
 def require_layout(name: str, layer: nn.Module, feedback: Callable[[str], Tensor], inputs: Tensor) -> None:
-    """Refuse a dense layer whose `weight` is stored otherwise than it is applied, where that gives feedback another shape.
+    """Refuse a dense layer that stores `weight` in another layout than it applies, if that changes the feedback's shape.
 
     Raises:
         UnsupportedModelError: names the layer and the remedies.
@@ -170,7 +170,7 @@ def require_layout(name: str, layer: nn.Module, feedback: Callable[[str], Tensor
 
 
 def of_rows(call: Call, shape: Geometry | None, dimensions: int) -> Call:
-    """The call on (rows, n_in), which a dense layer is given with as many dimensions as it takes."""
+    """Return the call for inputs (rows, n_in), given to a dense layer with the number of dimensions that it takes."""
     between = dimensions - 2
     if shape is not None or between < 1:
         return call
@@ -178,24 +178,24 @@ def of_rows(call: Call, shape: Geometry | None, dimensions: int) -> Call:
 
 
 def inputs_for(layer: nn.Module) -> Tensor:
-    """Inputs (zero) of a shape that the layer takes."""
+    """Return inputs (zero) of a shape that the layer accepts."""
     return _probe(geometry(layer), layer, weight_now(layer))[0]
 
 
 def probe(name: str, layer: nn.Module, call: Call) -> tuple[bool, bool]:
-    """Whether the layer is affine at inputs made up for it, and whether its weight is another at every call."""
+    """Return whether the layer is affine at made-up inputs, and whether its weight differs at every call."""
     weight = weight_now(layer)
     try:
         inputs = torch.ones_like(inputs_for(layer)[:2])
         require_affine(name, layer, call, inputs)
         with unchanged(layer, weight.device), torch.no_grad():
             return True, not torch.equal(call(inputs), call(inputs))
-    except Exception:  # not to be called like this: its first batch will tell
+    except Exception:  # it cannot be called like this: its first batch will tell
         return False, True
 
 
 class Precision(TorchFunctionMode):
-    """Notes the coarsest floating-point type met, and compares tensors accordingly."""
+    """Record the coarsest floating-point type used, and compare tensors with its precision."""
 
     eps = 0.0
 
@@ -207,7 +207,7 @@ class Precision(TorchFunctionMode):
         return result
 
     def close(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two tensors are equal but for rounding."""
+        """Return whether two tensors are equal up to rounding."""
         bound = 1e-8 if self.eps < 1e-12 else 1e-3 if self.eps < 1e-6 else 0.05
         a, b = a.detach().double(), b.detach().double()
         return a.shape == b.shape and bool((a - b).norm() <= bound * b.norm())
@@ -215,8 +215,8 @@ class Precision(TorchFunctionMode):
 
 @contextmanager
 def unchanged(layer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Random numbers, parameters, buffers and attributes of a layer as they were, once it has been called."""
-    from apical.core.rest import kept_states  # layers that compute plainly need nothing of it
+    """Restore the random numbers, parameters, buffers and attributes of a layer after it has been called."""
+    from apical.core.rest import kept_states  # layers that compute plainly do not need it
 
     modules = list(layer.modules())
     attributes = [module.__dict__.copy() for module in modules]

@@ -1,4 +1,4 @@
-"""Feedback matrices set from outside, by layer and in the paper's symbols."""
+"""Set feedback matrices from outside, by layer and by the paper's symbols."""
 
 from collections.abc import Mapping
 
@@ -12,13 +12,13 @@ def put(rule: str, layer: str, known: Mapping[str, Mapping[str, Tensor]], given:
     """Copy matrices into those that a rule holds at a layer.
 
     Args:
-        rule: its name, for errors.
+        rule: name of the rule, for errors.
         layer: module name.
-        known: every layer's matrices, by symbol.
-        given: new ones, by symbol.
+        known: the matrices of every layer, by symbol.
+        given: the new matrices, by symbol.
 
     Raises:
-        ConfigError: unknown layer or symbol, another shape, or nothing given; nothing is changed then.
+        ConfigError: unknown layer or symbol, wrong shape, or no matrix given; nothing is changed in that case.
     """
     if layer not in known:
         raise ConfigError(f"{rule} has no feedback at a layer {layer!r}; it has at: {', '.join(map(repr, known)) or 'none'}")

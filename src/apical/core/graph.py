@@ -1,4 +1,4 @@
-"""What autograd recorded of a forward pass, read as units: which errors reach which layer, and where a cut would part them.
+"""Read autograd's record of a forward pass as units: which errors reach which layer, and where a cut would separate them.
 
 A vertex is an output of an autograd node. A *site* is a use of weights: the output of a layer's call, or the vertex at which
 another parameter enters. A *mark* is a vertex at which the graph is cut, or will be: the unit that ends there starts a
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 Vertex = tuple[Node, int]
-"""An autograd node and the number of its output."""
+"""An autograd node and the index of its output."""
 
 SHAPES = ("TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-"""Nodes whose output has the same numbers as their input."""
+"""Nodes whose output contains the same numbers as their input."""
 
 SEVERED = "_SeverBackward"
-"""Name of the node at which :func:`apical.core.checkpointing.sever` ends a graph."""
+"""Name of the node with which :func:`apical.core.checkpointing.sever` ends a graph."""
 
 
 def vertex(tensor: Tensor) -> Vertex | None:
@@ -28,8 +28,8 @@ def vertex(tensor: Tensor) -> Vertex | None:
 
 
 def lasting(tensor: Tensor) -> Vertex | None:
-    """The vertex that stays in the graph when the tensor is changed in place: of a view, that of what it is a view of."""
-    with torch._C.DisableTorchFunction():  # what is asked here is no call of the model's
+    """Return the vertex that remains in the graph when the tensor is changed in place: for a view, that of its base."""
+    with torch._C.DisableTorchFunction():  # calls made here do not count as the model's
         base = tensor._base
         return vertex(tensor if base is None or base.grad_fn is None else base)
 
@@ -43,7 +43,7 @@ def reshapes(at: Vertex | None) -> Iterator[Vertex]:
 
 
 def leaves(node: Node | None) -> Iterator[Tensor]:
-    """Leaves that require a gradient, below a node, without its being kept: a quick look below the topmost cut."""
+    """Yield leaves that require a gradient below a node, without storing the graph: a quick check below the topmost cut."""
     waiting, seen = [node] if node is not None else [], {node}
     while waiting:
         below = waiting.pop()
@@ -61,8 +61,8 @@ class Reach(NamedTuple):
     """How errors reach one site.
 
     Attributes:
-        roots: the marks (as vertices; None is the model's output) whose errors arrive, not stopped by another mark.
-        merged: a further weighted site whose weight an error passes on its way, or None.
+        roots: the marks (as vertices; None is the model's output) whose errors arrive without being stopped by another mark.
+        merged: another weighted site whose weight an error passes on its way, or None.
     """
 
     roots: frozenset[Vertex | None]
@@ -76,9 +76,9 @@ class Graph:
         roots: vertices of the model's output, and of cuts that ended other parts of the graph.
 
     Attributes:
-        order: every vertex, what is computed first last.
+        order: every vertex, in reverse order of computation.
         children: what each vertex is computed from.
-        parameters: ids of the leaves that enter at a vertex.
+        parameters: ids of the leaves that enter at each vertex.
     """
 
     def __init__(self, roots: Collection[Vertex]) -> None:
@@ -105,14 +105,14 @@ class Graph:
         self.parameters[at] = [id(child.variable) for child, _ in children if hasattr(child, "variable")]
 
     def reach(self, output: Collection[Vertex], marks: Collection[Vertex], weighted: Collection[Vertex]) -> "Reached":
-        """How errors travel when the graph is cut at `marks`, and the weights are at the `weighted` sites."""
+        """Return how errors travel when the graph is cut at `marks` and the weights are at the `weighted` sites."""
         return Reached(self, set(output), set(marks), set(weighted))
 
     def chain(self, site: Vertex, output: Collection[Vertex], weighted: Collection[Vertex]) -> list[Vertex]:
-        """Vertices that every path from the output to the site passes, with no other weighted site below; nearest first."""
+        """Return vertices on every path from the output to the site, with no other weighted site below; nearest first."""
         above = self._dominators(frozenset(output))
         weights = set(weighted)
-        hot: dict[Vertex, bool] = {site: False}  # of those above the site: a weighted site lies between
+        hot: dict[Vertex, bool] = {site: False}  # for vertices above the site: whether a weighted site lies between
         for at in reversed(self.order):
             below = [child for child in self.children[at] if child in hot]
             if at != site and below:
@@ -125,7 +125,7 @@ class Graph:
         return chain
 
     def between(self, top: Vertex, site: Vertex) -> set[Vertex]:
-        """Vertices on paths from `top` down to the site, without these two."""
+        """Return the vertices on paths from `top` down to the site, without these two."""
         up = {site}
         for at in reversed(self.order):
             if any(child in up for child in self.children[at]):
@@ -139,11 +139,11 @@ class Graph:
         return down - {top, site}
 
     def separators(self, sites: Collection[Vertex], weighted: Collection[Vertex]) -> dict[Vertex, int]:
-        """Vertices that every path from the output to every site below them passes; nearest to the output first.
+        """Return vertices on every path from the output to every site below them; nearest to the output first.
 
         Args:
             sites: all uses of parameters.
-            weighted: those of them that count for the value.
+            weighted: those that count for the value.
 
         Returns:
             For each separator, the weighted sites below it, as bits; separators without such sites are left out.
@@ -164,7 +164,7 @@ class Graph:
         return {at: own[at] & counted for at in self.order if own[at] == below[at] and own[at] & counted}
 
     def shares(self, output: Collection[Vertex], shrinkage: Mapping[Vertex, float]) -> dict[Vertex, float]:
-        """For each vertex, the product of the shrinkages that all its paths from the output pass."""
+        """Return, for each vertex, the product of the shrinkages on all its paths from the output."""
         above = self._dominators(frozenset(output))
         result: dict[Vertex, float] = {}
         for at in self.order:
@@ -173,7 +173,7 @@ class Graph:
         return result
 
     def _dominators(self, output: frozenset[Vertex]) -> dict[Vertex, Vertex | None]:
-        """Each vertex's nearest dominator (Cooper, Harvey & Kennedy 2001); None is the output as a whole."""
+        """Return each vertex's immediate dominator (Cooper, Harvey & Kennedy 2001); None is the output as a whole."""
         if self._dominated is not None and self._dominated[0] == output:
             return self._dominated[1]
         parents: dict[Vertex, list[Vertex | None]] = {at: [None] for at in output}
@@ -197,11 +197,11 @@ class Graph:
 
 
 class Reached:
-    """Errors on their way down a graph that is cut at marks.
+    """Errors that propagate down a graph that is cut at marks.
 
     Attributes:
         direct: for each vertex, the roots whose errors arrive there, as bits: bit 0 is the output, bit i mark i.
-        passed: for each output of the model, those that arrive through what is computed from it.
+        passed: for each output of the model, the errors that arrive through what is computed from it.
         merged: for each vertex, a weighted site that an error passes on its way there, or None.
         above: for each mark's bit, the bits of all units above it.
     """
@@ -234,14 +234,14 @@ class Reached:
                     self.merged[child] = passed
 
     def at(self, site: Vertex) -> Reach:
-        """How errors reach a site."""
+        """Return how errors reach a site."""
         return Reach(frozenset(self.marks[i] for i in _bits(self.direct[site])), self.merged[site])
 
     def leaks(self, site: Vertex) -> bool:
         """Whether an error bypasses a cut: it arrives from two units, one above the other.
 
-        What is itself an output of the model, and read inside too (the mean of a variational autoencoder), may have both
-        errors: the loss's own at this output has passed nothing.
+        A vertex that is an output of the model and is also read inside (the mean of a variational autoencoder) may get both
+        errors: the loss's own error at this output has passed nothing.
         """
         bits = self.passed.get(site, self.direct[site])
         return any(self.above[i] & bits for i in _bits(bits)) if bits & (bits - 1) else False

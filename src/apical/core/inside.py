@@ -11,11 +11,11 @@ from apical.core.units import key
 
 
 class InnerEdges(EdgeRule):
-    """Fixed random matrices in place of the weights that an error passes before it is cut.
+    """Fixed random matrices that replace the weights an error passes before it is cut.
 
     Args:
         model, loss, exact: see :class:`apical.core.edge.EdgeRule`.
-        seed: of the matrices.
+        seed: seed of the matrices.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, exact: Collection[str], seed: int) -> None:
@@ -23,5 +23,5 @@ class InnerEdges(EdgeRule):
         self.feedback = self.random_feedback(torch.Generator().manual_seed(seed))
 
     def feedback_of(self, name: str) -> Feedback:
-        """The fixed matrix of this layer."""
+        """Return the fixed matrix of this layer."""
         return stored, (self.feedback.get_buffer(key(name)),)

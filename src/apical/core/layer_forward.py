@@ -1,4 +1,4 @@
-"""Layers whose calls go through the rule at work: one wrapper a layer, however many rules are attached to it."""
+"""Layers whose calls go through the active rule: one wrapper per layer, however many rules are attached to it."""
 
 import weakref
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from apical.errors import ConfigError
 
 
 class Wrapped:
-    """Stands in place of a layer's forward method, and hands its calls to the rule at work, if one is.
+    """Replaces a layer's forward method, and passes its calls to the active rule, if any.
 
-    Copies and pickles hold the layer's own forward method: a copied model has no rule attached.
+    Copies and pickles contain the layer's own forward method: a copied model has no rule attached.
 
     Attributes:
-        before: the forward that stood on the instance before, or None.
+        before: the instance's previous forward attribute, or None.
         forward: what a call without a rule runs; see :meth:`own`.
-        function: that of the layer's class then.
-        rule: the rule at work: its `call_layer(site, *args, **kwargs)` takes the calls.
+        function: the forward method of the layer's class at that time.
+        rule: the active rule: its `call_layer(site, *args, **kwargs)` takes the calls.
         site: what that rule knows of the layer.
-        attached: number of rules that hold this wrapper.
+        attached: number of rules that use this wrapper.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -36,14 +36,14 @@ class Wrapped:
         layer.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer under the rule at work."""
+        """Run the layer under the active rule."""
         rule = self.rule
         if rule is None:
             return self.own()(*args, **kwargs)
         return rule.call_layer(self.site, *args, **kwargs)
 
     def own(self) -> Any:
-        """The layer's forward method, of the class that it has now."""
+        """Return the layer's forward method, of its present class."""
         if type(self.layer).forward is not self.function:
             self.function = type(self.layer).forward
             if self.before is None:
@@ -54,7 +54,7 @@ class Wrapped:
         return (getattr, (self.layer, "forward")) if self.before is None else (_itself, (self.before,))
 
     def release(self) -> None:
-        """One rule less; after the last, the layer has its own forward method again."""
+        """Detach one rule; after the last one, restore the layer's own forward method."""
         self.attached -= 1
         if self.attached == 0 and self.layer.__dict__.get("forward") is self:
             del self.layer.__dict__["forward"]
@@ -62,7 +62,7 @@ class Wrapped:
                 self.layer.__dict__["forward"] = self.before
 
     def require_in_place(self, name: str, forward: Any) -> None:
-        """Refuse to work where something else has taken the wrapper's place, or that of the forward which a rule knows.
+        """Refuse to work if something else has replaced the wrapper, or the forward method that a rule knows.
 
         Raises:
             ConfigError: the layer was given another forward method or class after the rule was made.
@@ -74,10 +74,10 @@ class Wrapped:
 
 
 class Attachment:
-    """One rule's hold on layers, until :meth:`remove` or until the rule is no more.
+    """The attachment of one rule to layers, until :meth:`remove` is called or the rule is freed.
 
     Args:
-        rule: who holds on; only weakly referenced.
+        rule: the attached rule; only weakly referenced.
         layers: the layers to wrap.
     """
 
@@ -89,7 +89,7 @@ class Attachment:
         self._release.atexit = False
 
     def remove(self) -> None:
-        """Let go of every layer."""
+        """Release every layer."""
         self._release()
 
 

@@ -1,12 +1,12 @@
-"""The registry of module types: what rules know about a layer, in place of lists of types in each of them.
+"""The registry of module types: what rules know about layers, instead of a list of types in each rule.
 
-Weighted layers carry a weight between two populations. Of their types two things are known: how an error goes back through
-any matrix in the weight's place (:func:`apical.core.transport.geometry`), and which weight their forward applies. A closed
-form, or a swap of the weight, is right only where a layer runs its type's own forward on its own parameter. A subclass that
-masks, standardises, quantises or scales its weight, a parametrisation, pruning or weight norm is a layer all the same, but
+Weighted layers have a weight between two populations. Two properties of their types are known: how an error goes back
+through any matrix in its place (:func:`apical.core.transport.geometry`), and which weight their forward applies. A closed
+form, or a swap of the weight, is correct only if a layer runs its type's own forward on its own parameter. A subclass that
+masks, standardises, quantises or scales its weight, a parametrisation, pruning or weight norm is still a layer, but
 takes the general path (:func:`computes_plainly` is false): through its effective weight, or through autograd.
 
-Activations have a registry of the same kind in :mod:`apical.core.activations`.
+Activations have a similar registry in :mod:`apical.core.activations`.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from apical.core.transport import GEOMETRIES, Geometry, dense, geometry_of_type
 from apical.errors import ConfigError, UnsupportedModelError
 
 Layer: TypeAlias = nn.Linear | _ConvNd
-"""Layers with a weight between two populations: these are what credit-assignment rules differ in."""
+"""Layers with a weight between two populations, for which credit-assignment rules differ."""
 
 LOCAL = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag)
 """Layers without such a weight: scales, shifts, slopes, look-ups. They always keep their exact derivative."""
@@ -38,7 +38,7 @@ _local: list[type[nn.Module]] = [*LOCAL]
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 AVERAGES = (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd)
 PACKED = (nn.MultiheadAttention, nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
-"""Modules that hold several weights between populations and apply them within one call (:mod:`apical.core.packed`)."""
+"""Modules that contain several weights between populations and apply them in one call (:mod:`apical.core.packed`)."""
 
 LINEAR: list[type[nn.Module]] = [nn.Flatten, nn.Unflatten, nn.Identity, *AVERAGES]
 MAXIMA = (pooling._MaxPoolNd, pooling._AdaptiveMaxPoolNd)
@@ -48,12 +48,12 @@ SHAPES = (nn.Flatten, nn.Unflatten, nn.Upsample, nn.Identity)
 
 @dataclass(frozen=True)
 class LayerType:
-    """What is known of a type of weighted layers.
+    """Properties of a type of weighted layers.
 
     Attributes:
         forward: the method that applies the effective weight and the bias, and nothing else.
         weight: the effective weight, as a function of the layer.
-        through: runs a layer that is no affine map with a feedback weight; None where the forward is `weight h + bias`.
+        through: runs a layer that is not an affine map with a feedback weight; None if the forward is `weight h + bias`.
     """
 
     forward: Callable[..., Any]
@@ -86,22 +86,22 @@ def register_layer(
     weight: Callable[[Any], Tensor] = _own_weight,
     through: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
 ) -> None:
-    """Make a type of modules known as weighted layers, in every rule.
+    """Register a type of module as a weighted layer for every rule.
 
-    Its forward must map an input h to `weight(layer) h + layer.bias`, unless it is not affine. The module has an attribute
-    `weight` of the layout of nn.Linear's or a convolution's, which may be a property; `bias` may be None or missing.
+    Its forward must map an input h to `weight(layer) h + layer.bias`, unless it is not affine. The module needs an attribute
+    `weight` in the layout of nn.Linear or of a convolution, which may be a property; `bias` may be None or missing.
 
     Args:
-        kind: the type; a subclass that overrides `forward` again is not covered.
-        geometry: geometry of the backward map, as a function of the layer; that of the type it inherits from by default, or
-            else None, which is dense. For convolutions see :class:`apical.core.transport.Geometry`.
-        weight: the effective weight, computed from the parameters so that autograd can follow; `layer.weight` by default.
-        through: for a layer that is no affine map of its input, a function of (layer, input, feedback): its forward, with a
-            feedback weight in the weight's place where a backward pass hands the error to the input. Rules with feedback
-            weights train it so; those whose equations are about affine maps refuse it.
+        kind: the type; subclasses that override `forward` are not covered.
+        geometry: geometry of the backward map, as a function of the layer; by default that of the type it inherits from, or
+            else None, which means dense. For convolutions see :class:`apical.core.transport.Geometry`.
+        weight: the effective weight, computed from the parameters so that autograd can follow it; by default `layer.weight`.
+        through: for a layer that is not an affine map, a function of (layer, input, feedback): the layer's forward, with a
+            feedback weight instead of the weight where the backward pass sends the error to the input. Rules with feedback
+            weights train the layer this way; rules whose equations require affine maps refuse it.
 
     Raises:
-        ConfigError: `kind` is no type of modules.
+        ConfigError: `kind` is not a subclass of nn.Module.
 
     >>> class Masked(nn.Linear):
     ...     def forward(self, h):
@@ -117,13 +117,13 @@ def register_layer(
 
 
 def register_local(kind: type[nn.Module]) -> None:
-    """Make a type of modules known as local, in every rule: its parameters get their exact derivative.
+    """Register a type of module as local for every rule: its parameters get their exact derivative.
 
-    Only for modules without a weight between two populations, such as a scale of each connection; a matrix in one would be
-    transported. Linear and convolution layers inside of one are layers all the same.
+    Only for modules without a weight between two populations, such as a scale for each connection; a matrix in one would be
+    transported. Linear and convolution layers inside such a module still count as layers.
 
     Raises:
-        ConfigError: `kind` is no type of modules, or a weighted layer.
+        ConfigError: `kind` is not a subclass of nn.Module, or is a weighted layer.
 
     >>> class Gain(nn.Module):
     ...     def __init__(self):
@@ -142,43 +142,43 @@ def register_local(kind: type[nn.Module]) -> None:
 
 
 def is_weighted(module: nn.Module) -> TypeGuard[Layer]:
-    """Whether the module is a layer with a weight between two populations."""
+    """Return whether the module is a layer with a weight between two populations."""
     return geometry_of_type(type(module)) is not None
 
 
 def is_registered(module: nn.Module) -> bool:
-    """Whether the module's type is one that :func:`register_layer` has made known."""
+    """Return whether the module's type was registered with :func:`register_layer`."""
     return any(kind in _LAYERS and kind not in OWN_FORWARD for kind in type(module).__mro__)
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether the module holds several weights between populations and applies them in PyTorch's own way."""
+    """Return whether the module contains several weights between populations and applies them in PyTorch's own way."""
     kind = next((kind for kind in type(module).__mro__ if kind in PACKED), None)
     return kind is not None and runs_own_forward(module, kind.forward)
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the layer is an affine map of its input, as far as its type says."""
+    """Return whether the layer is an affine map of its input, as far as its type shows."""
     kind = _registered(module)
     return kind is None or kind.through is None
 
 
 def through(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
-    """What runs a layer that is no affine map with a feedback weight; None of others, and of layers with another forward."""
+    """Return what runs a non-affine layer with a feedback weight; None for other layers, or with another forward."""
     kind = _registered(module)
     own = kind is not None and "weight" in module._parameters and runs_own_forward(module, kind.forward)
     return kind.through if own and kind is not None else None
 
 
 def _registered(module: nn.Module) -> LayerType | None:
-    for base in type(module).__mro__:  # a loop, which the compiler of PyTorch 2.6 can follow
+    for base in type(module).__mro__:  # a loop, because PyTorch 2.6's compiler can follow it
         if base in _LAYERS:
             return _LAYERS[base]
     return None
 
 
 def _diagonal_kind(module: nn.Module) -> str:
-    """What a module of a user's is, where each number of its parameters acts on its own unit alone; else ""."""
+    """Return the kind of a user's module in which each entry of a parameter acts only on its own unit; else ""."""
     if type(module).__module__.startswith("torch.nn."):
         return ""
     from apical.core.diagonal import diagonal_kind
@@ -187,54 +187,54 @@ def _diagonal_kind(module: nn.Module) -> str:
 
 
 def is_local(module: nn.Module) -> bool:
-    """Whether the module may have parameters, but no weight between two populations."""
+    """Return whether the module may have parameters, but no weight between two populations."""
     return isinstance(module, tuple(_local)) or _diagonal_kind(module) != ""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module normalises by statistics over batch, channels, groups or features."""
+    """Return whether the module normalises by statistics over batch, channels, groups or features."""
     return isinstance(module, NORMS) or _diagonal_kind(module) == "norm"
 
 
 def is_random(module: nn.Module) -> bool:
-    """Whether the module makes the forward pass random."""
+    """Return whether the module makes the forward pass random."""
     return isinstance(module, (_DropoutNd, nn.RReLU))
 
 
 def is_maximum(module: nn.Module) -> bool:
-    """Whether the module pools by maxima."""
+    """Return whether the module is max pooling."""
     return isinstance(module, MAXIMA)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is linear, without parameters, and so may count as a part of the layer that follows it."""
+    """Return whether the module is linear and has no parameters, so that it may be part of the layer that follows it."""
     return isinstance(module, tuple(LINEAR)) and runs_own_forward(module)
 
 
 def is_pool(module: nn.Module) -> bool:
-    """Whether the module pools windows by maxima, averages or softmax, and so may stand between layer and activation."""
+    """Return whether the module pools windows by max, average or softmax, so that it may precede a layer's activation."""
     return isinstance(module, tuple(POOLS)) and runs_own_forward(module)
 
 
 def shapes_input(module: nn.Module) -> bool:
-    """Whether the module, right before a layer, shapes that layer's input; elsewhere it shapes the output before it."""
+    """Return whether the module, directly before a layer, shapes its input; elsewhere it shapes the output before it."""
     return isinstance(module, SHAPES)
 
 
 def is_known_in_row(module: nn.Module) -> bool:
-    """Whether the module may stand anywhere behind a layer, given that autograd takes its derivative."""
+    """Return whether the module may be anywhere after a layer, given that autograd computes its derivative."""
     return isinstance(module, (*NORMS, *LINEAR, *MAXIMA, *SHAPES, _DropoutNd))
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether the module's type is PyTorch's."""
+    """Return whether the module's type is PyTorch's."""
     return type(module).__module__.startswith("torch.nn")
 
 
 def runs_own_forward(module: nn.Module, forward: Callable[..., Any] | None = None) -> bool:
     """Whether a module runs `forward`, by default that of its nearest class in PyTorch or here, not overridden.
 
-    A forward that a rule put on the instance (it has an attribute `before`, what stood there) does not count.
+    A forward that a rule put on the instance (recognised by its attribute `before`, the previous one) does not count.
     """
     if forward is None:
         ours = (k for k in type(module).__mro__ if k.__module__.startswith(("torch.nn.modules", "apical.core")))
@@ -252,9 +252,9 @@ def _keeps_forward(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than run its forward method: hooks may change what it is given or makes.
+    """Return whether calling the module does more than run its forward: hooks may change its input or output.
 
-    Those of every module that PyTorch's tools have put there, such as its counter of operations, look on.
+    Global hooks of PyTorch's tools, such as its operation counter, only observe and do not count.
     """
     if module._forward_hooks or module._forward_pre_hooks or _hears_errors(module):
         return True
@@ -268,7 +268,7 @@ def refuse_backward_hooks(name: str, module: nn.Module) -> None:
     """Refuse hooks on a module's backward pass, for rules that send no error through the module's output.
 
     Raises:
-        UnsupportedModelError: names it.
+        UnsupportedModelError: names the module.
     """
     if _hears_errors(module):
         raise UnsupportedModelError(
@@ -289,10 +289,10 @@ def has_global_hook() -> bool:
 
 
 def computes_plainly(layer: nn.Module) -> bool:
-    """Whether the layer runs its type's own forward on a weight that is its own parameter; of PyTorch's types alone.
+    """Return whether the layer, of a type of PyTorch's, runs that type's forward on a weight that is its own parameter.
 
-    To be asked at every call: pruning or a parametrisation may come after the rule. A forward that a rule put on the
-    instance (it has an attribute `before`, what stood there) does not count.
+    To be called at every call: pruning or a parametrisation may come after the rule. A forward that a rule put
+    on the instance (recognised by its attribute `before`, the previous one) does not count.
     """
     kind = type(layer)
     if kind.forward not in _PLAIN or "weight" not in layer._parameters:
@@ -305,9 +305,9 @@ def computes_plainly(layer: nn.Module) -> bool:
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
-    """The weight that the layer's forward applies, with its graph to the parameters; None where that is not known.
+    """Return the weight that the layer's forward applies, with its graph to the parameters; None if it is unknown.
 
-    It is known of PyTorch's types, also parametrised, pruned, or with weight or spectral norm, and of registered types.
+    It is known for PyTorch's types, also if parametrised, pruned, or with weight or spectral norm, and for registered types.
     """
     kind = next((base for base in type(layer).__mro__ if base in _LAYERS), None)
     applied = getattr(type(layer), "_conv_forward", None)
@@ -323,5 +323,5 @@ def effective_weight(layer: nn.Module) -> Tensor | None:
 
 
 def computes_weight(hook: object) -> bool:
-    """Whether a forward pre-hook is PyTorch's own that computes a layer's weight."""
+    """Return whether a forward pre-hook is one of PyTorch's that computes a layer's weight."""
     return isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm)

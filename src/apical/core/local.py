@@ -1,7 +1,7 @@
 """Local updates: a layer's weight change is the outer product of a signal and its input.
 
-Rules that know every layer's signal need no backward pass through the model. They hand each parameter its gradient as a root
-of the credit, so that gradients still arrive through autograd: they accumulate, and `DistributedDataParallel` sees them.
+Rules that know every layer's signal need no backward pass through the model. They pass each parameter its gradient as a root
+of the credit, so that gradients still go through autograd: they accumulate, and `DistributedDataParallel` sees them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,30 +15,30 @@ from apical.core.transport import Geometry, geometry, padded_input, weight_gradi
 
 
 def summed(signal: Tensor, shape: Geometry | None) -> Tensor:
-    """A signal summed over everything but the channels: the last dimension of dense layers, the second of convolutions."""
+    """Sum a signal over everything but the channels: the last dimension of dense layers, the second of convolutions."""
     if shape is None:
         return signal.flatten(0, -2).sum(0)
     return signal.flatten(2).sum((0, 2))
 
 
 def outer(stage: Stage, signal: Tensor, rates: Tensor) -> Tensor:
-    """`signal h^T` of the weight's shape, h what the stage's layer is given at the input `rates`; summed over the batch."""
+    """Return `signal h^T` in the weight's shape, summed over the batch; h is the layer's input for the input `rates`."""
     return weight_gradient(geometry(stage.layer), signal, padded_input(stage.layer, stage.seen(rates)), stage.layer.weight)
 
 
 def local_roots(
     stage: Stage, signal: Tensor, rates: Tensor, product: Tensor | None = None, factor: float = 1.0
 ) -> list[Root]:
-    """A layer's weight and bias with the gradients that a signal at the layer's output, (batch, ...), makes of them.
+    """Return a layer's weight and bias with their gradients for a signal at the layer's output, (batch, ...).
 
-    Empty where the layer has nothing to train, and in inference mode, where nothing learns.
+    Empty if the layer has nothing to train, and in inference mode, where nothing learns.
 
     Args:
-        stage: the layer and what stands before it.
-        signal: of the shape of the layer's output.
+        stage: the layer and what precedes it.
+        signal: the signal, in the shape of the layer's output.
         rates: input of the stage.
-        product: the outer product, where it is known already; `signal` then only serves the bias.
-        factor: of the gradients.
+        product: the outer product, if it is already known; `signal` is then only used for the bias.
+        factor: factor of the gradients.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return []
@@ -60,13 +60,13 @@ def local_roots(
 def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[torch.nn.Parameter]) -> list[Root]:
     """What one block learns from signals at its outputs, as gradients of its parameters; its graph is freed immediately.
 
-    A rule whose blocks hand no error to each other so holds the activities of one block at a time. A compiled graph keeps
-    them all: there the outputs themselves are the roots, and so they are where a hook waits for a parameter's gradient,
-    which it would be handed twice.
+    A rule whose blocks send no error to each other thus keeps the activities of one block at a time. A compiled graph keeps
+    them all: there the outputs themselves are the roots. They are also the roots if a hook waits for a parameter's gradient,
+    because the hook would otherwise be called twice.
 
     Args:
-        taught: outputs (batch, ...) with a graph that ends at the block's input, and their signals, of their shapes.
-        parameters: all that the graph may lead to.
+        taught: outputs (batch, ...) with a graph that ends at the block's input, and their signals, of the same shapes.
+        parameters: all parameters that the graph may reach.
     """
     taught = [(made, signal) for made, signal in taught if made.requires_grad]
     learned = [parameter for parameter in parameters if parameter.requires_grad]
@@ -82,7 +82,7 @@ def block_roots(taught: Sequence[tuple[Tensor, Tensor]], parameters: Iterable[to
 
 
 def _half_scale(signals: Sequence[Tensor]) -> Tensor:
-    """A power of two for signals in float16, too small there else: sums of their sizes over the batch become 1 at most.
+    """Return a power of two for signals that would be too small in float16: their summed sizes over the batch become <= 1.
 
     Scaling the loss later has no effect on gradients that are computed immediately.
     """

@@ -1,7 +1,7 @@
-"""What a loss says of labels that a rule which learns from the labels themselves would leave out of the update.
+"""What a loss does with labels that a rule which learns from the labels themselves would omit from the update.
 
-PyTorch's losses say it by options, which are read when the rule is made. A function of the user's says nothing: at the first
-batch it is asked for its derivative at outputs made up for it.
+PyTorch's losses declare it by options, which are read when the rule is made. A user's function declares nothing: at the
+first batch, its derivative is evaluated at made-up outputs.
 
     at zero outputs     every sample of a class k has a gradient of one length; else classes have weights, or are ignored
     at the labels       the gradient vanishes, for one of the outputs that stand for "exactly this class": e_k, 2 e_k - 1,
@@ -26,33 +26,33 @@ from apical.errors import ConfigError
 LARGE = 1e3
 """Logit at which a softmax is 0 or 1."""
 SMALL = 1e-3
-"""Share of its usual size below which a gradient has vanished, and by which two may differ."""
+"""Relative size below which a gradient counts as zero, and by which two gradients may differ."""
 MANY = 256
-"""Classes that are all asked for."""
+"""Maximum number of classes for which every class is tested."""
 
 FOUND = {
     "weight": "weighs classes differently",
     "ignore_index": "ignores a class",
     "label_smoothing": "has its minimum at outputs other than the labels (smooth labels, a penalty on outputs)",
 }
-"""What a function of the user's does that has the effect of an option."""
+"""What a user's function does when it has the effect of an option."""
 
 
 def require_plain(rule: CreditRule, output: Any, targets: Any) -> None:
-    """At the first batch: refuse a loss that does what the rule would leave out of the update.
+    """Refuse, at the first batch, a loss that does what the rule would omit from the update.
 
     Args:
         rule: the rule.
-        output: of the batch.
-        targets: of the batch.
+        output: output for the batch.
+        targets: targets of the batch.
 
     Raises:
-        ConfigError: it does; says what.
+        ConfigError: it does; the message says what.
     """
     if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and output.is_floating_point()):
         return
     with undisturbed(rule), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules fit to each other
+        warnings.simplefilter("ignore")  # of targets (N,) for outputs (N, 1), which rules reshape
         for option in _departures(rule, output.detach().clone(), targets.detach().clone()):
             if option in rule._loss_options:
                 name = rule._loss_options[option]
@@ -77,7 +77,7 @@ def require_known(loss: Loss) -> None:
 
 
 def _departures(rule: CreditRule, output: Tensor, targets: Tensor) -> Iterator[str]:
-    """Options that the loss has by what it makes of made-up outputs; nothing of a loss that takes none of these."""
+    """Yield the options that the loss has, judged from made-up outputs; nothing for a loss that takes none of these."""
     try:
         once = float(rule.loss(output, targets))
         twice = float(rule.loss(torch.cat([output, output]), torch.cat([targets, targets])))
@@ -108,7 +108,7 @@ def _departures(rule: CreditRule, output: Tensor, targets: Tensor) -> Iterator[s
 
 
 def _vanishes(rule: CreditRule, places: list[Tensor], targets: Tensor, axis: int | None = None) -> bool:
-    """Whether the loss's gradient vanishes at one of some outputs; of log-probabilities, what a softmax passes on of it."""
+    """Return whether the loss's gradient vanishes at one of some outputs; for log-probabilities, after the softmax."""
     usual = float(_gradient(rule, torch.zeros_like(places[0]) + 0.5, targets).norm())
     for number, place in enumerate(places):
         error = _gradient(rule, place, targets)

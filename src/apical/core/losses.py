@@ -1,8 +1,8 @@
 """Losses: what PyTorch does not have in this form, their error at the output, and their other terms.
 
-A loss may hold more than a distance of output and targets: a penalty on weights, a temperature that is learned. Rules that
-differentiate the loss at the output only take such terms as a further root of the credit, so that the parameters in them get
-the exact gradient of the term, on top of whatever the rule gives them.
+A loss may contain more than a distance between output and targets: a weight penalty, a learned temperature. Rules that
+only differentiate the loss at the output use such terms as a further root of the credit, so that the parameters in them get
+the exact gradient of the term, in addition to what the rule gives them.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ from apical.core.credit import CreditRule, Loss, Root
 from apical.errors import ConfigError
 
 PLAIN = {"weight": None, "pos_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "reduction": "mean"}
-"""Options of PyTorch's losses that change what a label asks for, or how much, and the values with which they do nothing."""
+"""Options of PyTorch's losses that change what a label requires, or how much, with the values at which they do nothing."""
 
 NUMBERS = "numbers"
-"""No option: targets that are numbers are what the outputs are driven to, so the loss must be least there."""
+"""Not an option: numeric targets are what the outputs are driven to, so the loss must have its minimum there."""
 
 
 def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss and `e = dL/d output` (of the output's shape), without touching the model's graph.
+    """Return the loss and `e = dL/d output` (of the output's shape), without using the model's graph.
 
-    The loss requires a gradient if and only if it holds terms with parameters; :func:`terms` makes them roots.
+    The loss requires a gradient if and only if it contains terms with parameters; :func:`terms` turns them into roots.
 
     Args:
         loss: maps (output, targets) to a scalar.
         output: (batch, ...).
-        targets: what the loss takes.
-        traced: within a function transform.
+        targets: targets in the form that the loss takes.
+        traced: whether this runs within a function transform.
 
     Raises:
         ConfigError: the loss does not depend on the output.
@@ -47,17 +47,17 @@ def output_error(loss: Loss, output: Tensor, targets: Tensor, *, traced: bool = 
 
 
 def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor], traced: bool) -> tuple[Tensor, list[Any]]:
-    """Loss of several outputs, and its derivative with respect to each: None where it does not depend on one.
+    """Return the loss of several outputs, and its derivative with respect to each: None for outputs that it ignores.
 
     Raises:
-        ConfigError: it depends on none.
+        ConfigError: it depends on none of them.
     """
-    if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is quicker
-        with torch.enable_grad():  # for terms
+    if traced or torch.compiler.is_compiling():  # the one way that compiler and transforms can trace; the other is faster
+        with torch.enable_grad():  # for additional terms
             errors, value = torch.func.grad_and_value(loss)([part.detach() for part in parts])
         return value, [error.detach() for error in errors]
     if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):  # whose tensors have no gradients
+        with torch.inference_mode(False):  # tensors of inference mode have no gradients
             return loss_and_errors(loss, [part.clone() for part in parts], traced)
     leaves = [part.detach().requires_grad_() for part in parts]
     try:
@@ -77,7 +77,7 @@ def loss_and_errors(loss: Callable[[list[Tensor]], Tensor], parts: list[Tensor],
 
 
 def usable(targets: Any) -> Any:
-    """Targets that a derivative can be taken with: copies within `torch.inference_mode()`, whose own tensors cannot."""
+    """Return targets that allow differentiation: copies within `torch.inference_mode()`, whose own tensors do not."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return targets
     with torch.inference_mode(False):
@@ -89,12 +89,12 @@ def _in_place() -> ConfigError:
 
 
 def independent() -> ConfigError:
-    """Refusal of a loss that detaches the output."""
+    """Return the error for a loss that detaches the output."""
     return ConfigError("the loss does not depend on the output in a way that autograd can follow; do not detach it there")
 
 
 def value_at(loss: Loss, output: Any, targets: Tensor) -> Tensor:
-    """Loss of an output whose graph is left out; it requires a gradient if and only if it holds terms with parameters.
+    """Return the loss of an output without its graph; it requires a gradient if and only if it has terms with parameters.
 
     Raises:
         ConfigError: the loss changes the output in place.
@@ -115,7 +115,7 @@ def terms(value: Tensor) -> list[Root]:
 
 
 def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:
-    """Whether a graph ends at other leaves that require a gradient than these."""
+    """Return whether a graph ends at leaves that require a gradient other than these."""
     own = {id(leaf) for leaf in leaves}
     waiting, seen = [root], {root}
     while waiting:
@@ -130,12 +130,12 @@ def _reaches_others(root: Node, leaves: list[Tensor]) -> bool:
 
 
 def refuse_options(rule: CreditRule, name: str, options: tuple[str, ...] = tuple(PLAIN)) -> None:
-    """Refuse options of a rule's loss that it would leave out of the update: now, or in words of the user's, at the first
+    """Refuse options of a rule's loss that it would omit from the update: now, or for a user's function at the first
     batch.
 
     Args:
-        rule: the rule, which has its loss.
-        name: of the rule, in the message.
+        rule: the rule with its loss.
+        name: name of the rule, for the message.
         options: keys of :data:`PLAIN`, or :data:`NUMBERS`.
 
     Raises:
@@ -152,7 +152,7 @@ def refuse_options(rule: CreditRule, name: str, options: tuple[str, ...] = tuple
 
 
 def left_out(name: str, option: str, value: str) -> ConfigError:
-    """Refusal of a loss with an option that the rule of this name would leave out of the update."""
+    """Return the error for a loss with an option that the rule of this name would omit from the update."""
     if option == "reduction":
         return ConfigError(
             f"{name} takes means over the batch itself, so a loss with reduction={value} would not scale the whole update; "
@@ -171,7 +171,7 @@ def left_out(name: str, option: str, value: str) -> ConfigError:
 
 
 def require_dependence(loss: Tensor, output: Tensor) -> None:
-    """Refuse a loss that does not depend on the output, which is no leaf.
+    """Refuse a loss that does not depend on the output, which is not a leaf.
 
     Raises:
         ConfigError: it does not.
@@ -188,14 +188,14 @@ def require_dependence(loss: Tensor, output: Tensor) -> None:
 
 
 def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """Cross-entropy in nats, the mean over all positions with a target: classes are the output's last axis.
+    """Return the cross-entropy in nats, the mean over all positions with a target; classes are the output's last axis.
 
-    With targets (batch,) it is PyTorch's cross-entropy.
+    With targets (batch,) this equals PyTorch's cross-entropy.
 
     Args:
         output: logits (batch, ..., classes).
-        targets: classes (batch, ...), whole numbers.
-        ignore_index: target of positions that have none.
+        targets: integer classes (batch, ...).
+        ignore_index: target of positions to ignore.
 
     Raises:
         ConfigError: targets of another shape; `torch.nn.functional.cross_entropy` takes (batch, classes, ...).
@@ -212,14 +212,14 @@ def token_cross_entropy(output: Tensor, targets: Tensor, ignore_index: int = -10
 
 
 def squared_error(output: Tensor, targets: Tensor) -> Tensor:
-    """`1/2 |output - target|^2` per sample, the mean over the batch; class labels stand for one-hot targets.
+    """Return `1/2 |output - target|^2` per sample, averaged over the batch; class labels are used as one-hot targets.
 
     Args:
         output: (batch, outputs).
         targets: (batch,) class labels, or numbers of the output's shape.
 
     Raises:
-        ConfigError: numbers of another shape, which would be spread over the output unnoticed; or a label that is no class.
+        ConfigError: numbers of another shape, which would be broadcast silently; or a label that is not a class.
 
     >>> import torch
     >>> squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([0]))
@@ -229,9 +229,9 @@ def squared_error(output: Tensor, targets: Tensor) -> Tensor:
 
 
 def wanted(output: Tensor, targets: Tensor) -> Tensor:
-    """Targets as numbers of the output's shape (batch, outputs): one-hot rows for class labels.
+    """Return targets as numbers of the output's shape (batch, outputs): one-hot rows for class labels.
 
-    Whole numbers of the output's own shape are values as others are.
+    Integers of the output's own shape are treated as values.
     """
     if targets.is_floating_point() or targets.shape == output.shape:
         if targets.shape != output.shape:
