@@ -1,11 +1,13 @@
 """Matrices that grow with the square of a layer's outputs are refused before they exhaust the memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from apical import CounterCurrentLearning, DeepFeedbackControl, ProductFeedbackAlignment, StrongDeepFeedbackControl
-from apical.core.batch import device_memory, require_memory
+from apical.core.batch import container_limits, device_memory, require_memory
 from apical.errors import UnsupportedModelError
 
 WIDE = 2_000_000  # outputs, whose square takes 16 TB
@@ -51,3 +53,11 @@ def test_what_fits_is_let_through() -> None:
 
 def test_a_device_of_unknown_memory_is_not_judged() -> None:
     require_memory("a matrix", 1 << 60, torch.zeros(1, device="meta"), "")
+
+
+@pytest.mark.parametrize(("text", "limits"), [("1073741824\n", [1 << 30]), ("max\n", []), (None, [])])
+def test_the_limit_of_a_container_counts(tmp_path: Path, text: str | None, limits: list[int]) -> None:
+    file = tmp_path / "memory.max"
+    if text is not None:
+        file.write_text(text)
+    assert container_limits([str(file)]) == limits

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from apical.core.credit import Loss
 from apical.core.losses import squared_error
 from apical.errors import ConfigError, UnsupportedModelError
+
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container may use: version 2 ("max" is no limit) and version 1."""
 
 ELEMENTWISE = (
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, squared_error),
@@ -178,12 +182,18 @@ def require_one_type(rule: str, weight: Tensor, feedback: Iterable[Tensor]) -> N
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of memory that a device has, used or not; None if that is unknown."""
+    """Return the bytes that a device has and this process may use, free or not; None if that is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *container_limits()])
     return None
+
+
+def container_limits(files: Iterable[str] = CGROUPS) -> list[int]:
+    """The bytes that the container of this process may use: none where there is no container or no limit."""
+    texts = [path.read_text().strip() for path in map(Path, files) if path.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]
 
 
 def require_memory(what: str, n_bytes: int, like: Tensor, remedy: str) -> None:
