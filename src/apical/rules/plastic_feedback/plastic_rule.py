@@ -248,6 +248,11 @@ class PlasticRule(EdgeRule):
         mismatches = self._modules[self.MISMATCH]._modules  # type: ignore[union-attr]
         return mismatches.get(key(name)) if mismatches else None  # type: ignore[return-value]
 
+    def is_built(self) -> bool:
+        """Whether every layer has its feedback: not during construction, nor where that was interrupted."""
+        held = self._mismatches()._modules if self.form == "closed" else self._plastics()._parameters
+        return len(held) == len(self.layers)
+
     def hold(self, name: str, plastic: Tensor) -> None:
         """Start with R_0 = `plastic`, in the requested form."""
         if self.form == "closed" and name in self._tied:

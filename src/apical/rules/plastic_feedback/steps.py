@@ -108,16 +108,16 @@ class Steps:
         self._listen()
 
     def concerns(self, optimizer: Optimizer) -> bool:
-        """Whether it holds a weight or an R of the rule."""
-        entry = self._known.get(optimizer)
+        """Whether it holds a weight or an R of the rule; not for a rule whose construction has not ended."""
+        entry, rule = self._known.get(optimizer), self._rule()
         if entry is None or not unchanged(optimizer, entry[0]):
+            if rule is None or not rule.is_built():
+                return False
             entry = self._known[optimizer] = (signature(optimizer), self._places(optimizer))
         return bool(entry[1])
 
     def _places(self, optimizer: Optimizer) -> Places:
-        rule, places = self._rule(), {}
-        if rule is None:
-            return {}
+        rule, places = self.rule, {}
         held = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in rule.layers.items():
             weight = layer._parameters.get("weight")
