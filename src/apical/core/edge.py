@@ -339,11 +339,11 @@ class EdgeRule(CreditRule):
         finally:
             self._present = {}
             self._watched = self._watched or (watch is not None and not watch.found)
-            for wrapped, site in self._sites.values():
+            for wrapped, _ in [*self._sites.values(), *self._bundles.values()]:  # before anything that Ctrl-C may end
                 wrapped.rule = wrapped.site = None
+            for _, site in self._sites.values():
                 site.follow(substitutes)
-            for wrapped, bundle in self._bundles.values():
-                wrapped.rule = wrapped.site = None
+            for _, bundle in self._bundles.values():
                 bundle.settle()
 
     def _plain_chain(self) -> "PlainChain":

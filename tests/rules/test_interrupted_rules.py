@@ -1,4 +1,4 @@
-"""A rule whose construction is interrupted (Ctrl-C, no memory) disturbs nothing, though a notebook keeps it alive."""
+"""Rules whose construction or whose batch is interrupted (Ctrl-C, no memory): what follows is as if it had not been."""
 
 from typing import Any
 
@@ -43,14 +43,16 @@ def network() -> nn.Sequential:
     return model
 
 
-def train(rule: CreditRule) -> torch.Tensor:
-    inputs, targets = torch.linspace(-1, 1, 24).view(6, 4), torch.arange(6) % 3
-    optimizer = torch.optim.SGD(rule.parameters(), lr=0.1)
-    for _ in range(2):
+INPUTS, TARGETS = torch.linspace(-1, 1, 24).view(6, 4), torch.arange(6) % 3
+
+
+def train(rule: CreditRule, optimizer: torch.optim.Optimizer | None = None, steps: int = 2) -> torch.Tensor:
+    optimizer = optimizer or torch.optim.SGD(rule.parameters(), lr=0.1)
+    for _ in range(steps):
         optimizer.zero_grad()
-        rule(inputs, targets).backward()
+        rule(INPUTS, TARGETS).backward()
         optimizer.step()
-    return torch.nn.utils.parameters_to_vector(rule.detach().parameters()).detach()
+    return torch.nn.utils.parameters_to_vector(rule.model.parameters()).detach().clone()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.__name__))
@@ -65,9 +67,32 @@ def test_other_rules_train_as_if_it_had_not_been(rule: type[CreditRule]) -> None
                 rule(model)
             break
         except KeyboardInterrupt as interruption:
-            interruptions.append(interruption)  # its traceback holds the unfinished rule
+            interruptions.append(interruption)
         if calls > 25 or calls % 5 == 0:  # where a rule has begun to hold on to its model
-            assert torch.equal(train(apical.Backprop(network())), other)
+            assert torch.equal(train(apical.Backprop(network())), other)  # though its traceback holds the unfinished rule
             torch.manual_seed(1)
             assert torch.equal(train(rule(model)), same)
     assert len(interruptions) > 20
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r is not apical.WeightMirror], ids=lambda rule: str(rule.__name__))
+def test_the_next_batch_is_computed_as_if_one_had_not_been_interrupted(rule: type[CreditRule]) -> None:
+    undisturbed, calls = rule(network()), 0
+    expected = train(undisturbed, steps=3)
+    while True:
+        calls += 1
+        learner = rule(network())
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        train(learner, optimizer)
+        plain = network()
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(learner.model.parameters()), plain.parameters()
+        )
+        try:
+            with Interrupt(calls):
+                learner(INPUTS, TARGETS)
+            break
+        except KeyboardInterrupt:
+            assert torch.equal(learner.model(INPUTS), plain(INPUTS))
+            assert torch.equal(train(learner, optimizer, steps=1), expected)
+    assert calls > 5
