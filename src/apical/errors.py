@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class ApicalError(Exception):
@@ -107,6 +108,20 @@ def refuse_transforms(rule: str) -> None:
             f"{rule} does not work under the transforms of torch.func (grad, vmap); call backward() on the loss, also "
             "with torch.func.functional_call"
         )
+
+
+def require_count(option: str, value: object, least: int = 1) -> None:
+    """Refuse a value that is not a whole number of at least `least`.
+
+    Raises:
+        ConfigError: names the option.
+
+    >>> require_count("sweeps", 1.5)
+    Traceback (most recent call last):
+    apical.errors.ConfigError: sweeps must be a whole number, at least 1, not 1.5
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{option} must be a whole number, at least {least}, not {value!r}")
 
 
 def require_choice(option: str, value: object, choices: Iterable[str]) -> None:

@@ -391,7 +391,7 @@ def test_what_is_learned_and_what_is_followed() -> None:
         ({"step": -1.0}, "step"),
         ({"forgetting": 0.0}, "forgetting"),
         ({"free_steps": 0}, "steps"),
-        ({"nudged_steps": 2.5}, "whole numbers"),
+        ({"nudged_steps": 2.5}, "nudged_steps must be a whole number"),
         ({"nudge": "both"}, "nudge"),
         ({"rates": (1.0,)}, "rates"),
         ({"backward_rates": (1.0,)}, "backward_rates"),

@@ -285,8 +285,8 @@ def test_batches_that_do_not_fit_are_refused(kind: type[apical.CreditRule]) -> N
     ("options", "message"),
     [
         ({"variant": "dlr"}, "did you mean 'drl'"),
-        ({"eta": 0.0}, "eta, sigma and neurons must be positive"),
-        ({"sigma": -1.0}, "eta, sigma and neurons must be positive"),
+        ({"eta": 0.0}, "eta and sigma must be positive"),
+        ({"sigma": -1.0}, "eta and sigma must be positive"),
         ({"reduction": "max"}, "reduction"),
         ({"recurrent": True}, 'recurrent=True needs variant="hidden"'),
     ],

@@ -573,7 +573,7 @@ def test_complex_nudges_need_what_is_analytic() -> None:
         ({"beta": 0.0}, "beta"),
         ({"points": 1}, "points"),
         ({"free_steps": 0}, "free_steps"),
-        ({"nudged_steps": 2.5}, "whole numbers"),
+        ({"nudged_steps": 2.5}, "nudged_steps must be a whole number"),
         ({"weights": "directed", "asymmetry": float("nan")}, "asymmetry"),
         ({"damping": 1.0}, "damping"),
         ({"noise": -1.0}, "noise"),

@@ -405,7 +405,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="steps"):
         PredictiveCoding(mlp(), steps=0)
     for rate in (0.0, 2.0, float("inf"), float("nan")):  # from 2 on the scale 1 - (1 - g)^T is zero or changes sign
-        with pytest.raises(ConfigError, match="rate in"):
+        with pytest.raises(ConfigError, match="rate must be in"):
             PredictiveCoding(mlp(), rate=rate)
     for weight in (0.0, float("inf")):
         with pytest.raises(ConfigError, match="output_weight"):

@@ -221,7 +221,7 @@ def test_state_dict_holds_the_feedback_and_detach_returns_the_model() -> None:
         ({"sigma_output": float("nan")}, "sigma_output must not be negative"),
         ({"tau_noise": 0.0}, "tau_noise must be positive"),
         ({"tau": 1e-4}, "tau=0.0001 must not be smaller than the step dt=0.001"),
-        ({"points": 1}, "at least 2 points"),
+        ({"points": 1}, "points must be a whole number, at least 2"),
         ({"solver": "simulated"}, "unknown solver 'simulated'; did you mean 'simulate'"),
         ({"learn": "expect"}, "unknown learn 'expect'; did you mean 'expected'"),
         ({"feedback": "products"}, "unknown feedback 'products'; did you mean 'product'"),

@@ -36,7 +36,7 @@ from apical.core.feedback import put
 from apical.core.losses import refuse_options, squared_error, terms, value_at, wanted
 from apical.core.noise import coins, initial
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 
 Nudge = Literal["one-sided", "random-sign", "symmetric"]
 NUDGES = ("one-sided", "random-sign", "symmetric")
@@ -134,12 +134,10 @@ class CorInfoMax(CreditRule):
         for name, value in (*positive.items(), ("leak", leak), ("output_leak", output_leak), ("step_decay", step_decay)):
             if not (isfinite(value) and value >= 0 and (value > 0 or name not in positive)):
                 raise ConfigError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        whole = isinstance(free_steps, int) and isinstance(nudged_steps, int)
-        if not (0 < forgetting <= 1 and whole and min(free_steps, nudged_steps) >= 1):
-            raise ConfigError(
-                f"forgetting must be in (0, 1] and steps whole numbers of at least 1, got forgetting={forgetting}, "
-                f"free_steps={free_steps}, nudged_steps={nudged_steps}"
-            )
+        require_count("free_steps", free_steps)
+        require_count("nudged_steps", nudged_steps)
+        if not 0 < forgetting <= 1:
+            raise ConfigError(f"forgetting must be in (0, 1], got {forgetting}")
         self.chain = Chain(model, dense=True)
         stages = self.chain.stages
         for stage in stages:

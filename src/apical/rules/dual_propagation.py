@@ -31,7 +31,7 @@ from apical.core.chain import Chain, Stage, States
 from apical.core.credit import Credit, CreditRule, Loss, Root
 from apical.core.local import local_roots
 from apical.core.losses import output_error, refuse_options, terms, value_at
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 
 Variant = Literal["transposed", "original"]
 VARIANTS: tuple[Variant, ...] = ("transposed", "original")
@@ -91,11 +91,9 @@ class DualPropagation(CreditRule):
         super().__init__(model, loss)
         require_choice("variant", variant, VARIANTS)
         refuse_options(self, "dual propagation", ("ignore_index", "reduction"))
-        if not (0 < beta < float("inf") and 0 <= alpha <= 1 and sweeps >= 1):
-            raise ConfigError(
-                "beta must be positive, alpha in [0, 1] and sweeps at least 1; got "
-                f"beta={beta}, alpha={alpha}, sweeps={sweeps}"
-            )
+        if not (0 < beta < float("inf") and 0 <= alpha <= 1):
+            raise ConfigError(f"beta must be positive and alpha in [0, 1]; got beta={beta}, alpha={alpha}")
+        require_count("sweeps", sweeps)
         self.variant, self.beta, self.alpha, self.sweeps = variant, beta, alpha, sweeps
         self.chain = Chain(model, input_shape, pools=True)
         last = self.chain.stages[-1]

@@ -147,8 +147,10 @@ class ForwardForward(CreditRule):
                 "negatives='images' learns without labels, so goodness cannot rank classes; use answers='read-out'"
             )
         refuse_options(self, "forward-forward", ("ignore_index", "reduction") if self.self_contrastive else tuple(PLAIN))
-        if alpha <= 0:
+        if not 0 < alpha < math.inf:
             raise ConfigError(f"alpha must be positive, got {alpha}")
+        if theta is not None and not all(map(math.isfinite, theta if isinstance(theta, tuple) else (theta,))):
+            raise ConfigError(f"theta must be one finite number or two, got {theta}")
         self.head, self.row = blocks(model, input_shape)
         self.hidden = self.row[:-1]
         self._refuse_modules()

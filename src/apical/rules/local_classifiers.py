@@ -41,7 +41,7 @@ from apical.core.processes import gathered
 from apical.core.rest import evaluating
 from apical.core.teaching import Activity, Taught, Teaching
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 
 Local = Literal["prediction", "similarity", "both", "projection"]
 LOCALS: tuple[Local, ...] = ("prediction", "similarity", "both", "projection")
@@ -185,8 +185,9 @@ class LocalClassifiers(CreditRule):
     ) -> None:
         super().__init__(model, loss)
         require_choice("local", local, LOCALS)
-        if not (0 < beta < 1 and pool >= 1):
-            raise ConfigError(f"beta must lie between 0 and 1 and pool be at least 1, got beta={beta}, pool={pool}")
+        require_count("pool", pool)
+        if not 0 < beta < 1:
+            raise ConfigError(f"beta must lie between 0 and 1, got beta={beta}")
         self.local = local
         self.predicts, self.compares = local != "similarity", local in ("similarity", "both")
         self.beta = beta if local == "both" else float(self.compares)  # the similarity's share

@@ -26,7 +26,7 @@ from apical.core.credit import Attention, Loss
 from apical.core.edge import EdgeRule, Feedback, stored
 from apical.core.mirror import mirror, require_affine
 from apical.core.units import key
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_count
 
 
 class WeightMirror(EdgeRule):
@@ -71,8 +71,10 @@ class WeightMirror(EdgeRule):
         through_time: bool = True,
         attention: Attention = "exact",
     ) -> None:
-        if not 0.0 <= rate <= 1.0 or batch < 1:
-            raise ConfigError(f"rate must lie in [0, 1] and batch be positive, not rate={rate}, batch={batch}")
+        if not 0.0 <= rate <= 1.0:
+            raise ConfigError(f"rate must lie in [0, 1], not rate={rate}")
+        require_count("batch", batch)
+        require_count("warmup", warmup, 0)
         super().__init__(model, loss, exact, first_layer, sites, through_time)
         self.attention = attention
         self.rate, self.batch, self.generator = rate, batch, generator

@@ -159,7 +159,7 @@ def test_divergence_is_an_error_that_names_the_step_and_the_gain() -> None:
         ({"tau": 0.05}, "tau=0.05 must not be smaller than the step dt=0.1"),
         ({"tau_apical": 0.05}, "tau_apical=0.05 must not be smaller"),
         ({"tau_noise": 0.05}, "tau_noise=0.05 must not be smaller"),
-        ({"points": 1}, "at least 2 points"),
+        ({"points": 1}, "points must be a whole number, at least 2"),
         ({"leak": "papers"}, "leak must be"),
     ],
 )

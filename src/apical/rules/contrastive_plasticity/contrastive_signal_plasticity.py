@@ -14,6 +14,7 @@ during learning, numbers are independent within a sample, but shifted equally at
 biases, where the model has them, are weights from a neuron that always fires; the input is not reconstructed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, pairwise
@@ -29,7 +30,7 @@ from apical.core.credit import Batch, Credit, CreditRule, Loss, Measures, Panel,
 from apical.core.losses import refuse_options, terms, value_at
 from apical.core.processes import parted, summed, without_diagonal_
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 from apical.rules.contrastive_plasticity.memristor import Pairs
 from apical.rules.contrastive_plasticity.network import (
     State,
@@ -141,10 +142,11 @@ class ContrastiveSignalPlasticity(CreditRule):
         require_choice("learn", learn, ("stimulus", "step"))
         require_choice("contrast", contrast, ("threshold", "pairs"))
         require_choice("readout", readout, ("context", "answer"))
-        if not (isinstance(steps, int) and steps >= 2 and alpha > 0 and 0 <= mix < 1 and decay >= 0):
+        require_count("steps", steps, 2)  # spikes need one to reach a neuron
+        if not (math.isfinite(theta) and 0 < alpha < math.inf and 0 <= mix < 1 and 0 <= decay < math.inf):
             raise ConfigError(
-                "steps must be a whole number >= 2 (spikes need one to reach a neuron), alpha positive, mix in [0, 1), "
-                f"decay not negative; got steps={steps}, alpha={alpha}, mix={mix}, decay={decay}"
+                "theta must be finite, alpha positive, mix in [0, 1), decay not negative; got "
+                f"theta={theta}, alpha={alpha}, mix={mix}, decay={decay}"
             )
         if readout == "answer" and learn == "step":
             raise ConfigError(

@@ -38,7 +38,7 @@ from apical.core.feedback import put
 from apical.core.losses import refuse_options, terms, value_at, wanted
 from apical.core.noise import initial, normal
 from apical.core.sigmoids import ShiftedSigmoid
-from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, InstabilityError, UnsupportedModelError, require_choice, require_count
 from apical.rules.equilibrium.holomorphic import HOLOMORPHIC, bends, require_complex
 from apical.rules.equilibrium.network import (
     EquilibriumNetwork,
@@ -132,16 +132,11 @@ class EquilibriumPropagation(CreditRule):
         require_choice("output", output or "state", ("read-out", "state"))
         require_choice("weights", weights, ("symmetric", "directed"))
         require_choice("update", update, ("same", "different"))
-        counts = (points - 1, free_steps, nudged_steps)
-        if (
-            not (beta > 0 and isfinite(beta))
-            or min(counts) < 1
-            or not all(isinstance(each, int) for each in (*counts, cycles))
-        ):
-            raise ConfigError(
-                f"beta must be positive, steps at least 1 and points at least 2, in whole numbers, got beta={beta}, "
-                f"free_steps={free_steps}, nudged_steps={nudged_steps}, points={points}"
-            )
+        counts = {"free_steps": free_steps, "nudged_steps": nudged_steps, "points": points, "cycles": cycles}
+        for name, count in counts.items():
+            require_count(name, count, {"points": 2, "cycles": 0}.get(name, 1))
+        if not (beta > 0 and isfinite(beta)):
+            raise ConfigError(f"beta must be positive, got {beta}")
         if any(not 0 < rate < float("inf") for rate in rates):
             raise ConfigError(f"rates must be positive, got {tuple(rates)}")
         for name, number in (
@@ -154,8 +149,8 @@ class EquilibriumPropagation(CreditRule):
                 raise ConfigError(f"{name} must not be negative, got {number}")
         if not 0 <= damping < 1:
             raise ConfigError(f"damping must be in [0, 1), got {damping}")
-        if cycles < 0 or (cycles and estimator != "holomorphic"):
-            raise ConfigError(f'cycles is not negative and needs estimator="holomorphic", got {cycles}, "{estimator}"')
+        if cycles and estimator != "holomorphic":
+            raise ConfigError(f'cycles needs estimator="holomorphic", got "{estimator}"')
         if homeostasis and weights != "directed":
             raise ConfigError('homeostasis needs weights="directed"; symmetric weights have nothing to correct')
         self.chain = Chain(model, input_shape, pools=True)

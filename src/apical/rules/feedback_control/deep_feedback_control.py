@@ -31,7 +31,7 @@ from apical.core.batch import counted, fitted
 from apical.core.chain import States
 from apical.core.credit import Credit, Loss, Root
 from apical.core.losses import output_error, refuse_options, terms
-from apical.errors import ConfigError, InstabilityError, require_choice
+from apical.errors import ConfigError, InstabilityError, require_choice, require_count
 from apical.rules.feedback_control import states as control
 from apical.rules.feedback_control.control_rule import LOOK_EVERY, ControlRule, Difference, Learn, NoiseCorrelation, Start
 from apical.rules.feedback_control.states import Controlled, Resolvent, settle
@@ -124,8 +124,9 @@ class DeepFeedbackControl(ControlRule):
             raise ConfigError(f"variant {variant!r} has no solver {solver!r}; it has {' and '.join(SOLVERS[variant])}")
         if (variant, chosen) == ("dfc", "closed-form") and not (proactive and instant_transmission):
             raise ConfigError("the closed form of dfc holds for proactive, instant transmission; pass solver='simulate'")
-        if not 0 < nudge < float("inf") or newton < 1:
-            raise ConfigError(f"nudge and newton must be positive, got nudge={nudge}, newton={newton}")
+        if not 0 < nudge < float("inf"):
+            raise ConfigError(f"nudge must be positive, got {nudge}")
+        require_count("newton", newton)
         loop = Loop(alpha, k_p, dt, points, tau, leak, proactive, instant_transmission)
         sleep = Loop(
             *(alpha_fb, k_p_fb, dt_fb, points_fb, tau_fb, leak), proactive=False, tau_apical=tau_apical_fb, sigma=sigma_fb

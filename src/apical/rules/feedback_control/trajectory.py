@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from apical.core.activations import difference
 from apical.core.chain import Chain, Stage, States
 from apical.core.noise import normal
-from apical.errors import ConfigError, InstabilityError
+from apical.errors import ConfigError, InstabilityError, require_count
 
 Leak = Literal["code", "paper"]
 """What leaks in the controller: the whole control, as in the authors' programs, or its integral."""
@@ -85,8 +85,7 @@ class Loop:
             value = getattr(self, name)
             if value is not None and value < self.dt:
                 raise ConfigError(f"{name}={value} must not be smaller than the step dt={self.dt}")
-        if self.points < 2:
-            raise ConfigError(f"a trajectory needs at least 2 points, got {self.points}")
+        require_count("points", self.points, 2)
         if self.leak not in ("code", "paper"):
             raise ConfigError(f"leak must be 'code' or 'paper', got {self.leak!r}")
 

@@ -31,7 +31,7 @@ from apical.core.packed import Part
 from apical.core.processes import parted, whole
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 from apical.rules.plastic_feedback.held import Plastics, fill, vacate
 from apical.rules.plastic_feedback.mismatch import Mismatch
 from apical.rules.plastic_feedback.sharing import FUNCTION
@@ -350,8 +350,7 @@ def check_initial(initial: str, vectors: int) -> None:
         ConfigError: names the option.
     """
     require_choice("initial", initial, ("random", "mirror"))
-    if vectors < 1:
-        raise ConfigError(f"mirror must be a number of noise vectors per input, 1 or more, not {vectors}")
+    require_count("mirror (noise vectors per input)", vectors)
 
 
 def _measure(rule: nn.Module, *_: Any) -> None:

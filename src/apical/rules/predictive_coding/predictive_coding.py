@@ -43,7 +43,7 @@ from apical.core.layers import is_random
 from apical.core.losses import output_error, refuse_options, squared_error, terms, value_at
 from apical.core.placement import layer_paths
 from apical.core.scaled import require_mu
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 from apical.rules.predictive_coding.equilibrium import curvature, linear_equilibrium, require_linear
 from apical.rules.predictive_coding.inference import (
     Energy,
@@ -148,8 +148,9 @@ class PredictiveCoding(CreditRule):
         self.feed_forward = direction == "discriminative"
         self._own_options(steps, rate, momentum, tolerance, parametrisation == "mu")
         self.output_weight, self.rescale = output_weight, rescale and inference in ("error", "state")
-        if not 0 < output_weight < float("inf") or answer_steps < 1:
-            raise ConfigError(f"output_weight and answer_steps must be positive; got {output_weight} and {answer_steps}")
+        require_count("answer_steps", answer_steps)
+        if not 0 < output_weight < float("inf"):
+            raise ConfigError(f"output_weight must be positive; got {output_weight}")
         if inference == "exact":
             require_linear(self.row)
             curvature(self.energy_loss, 1)
@@ -176,10 +177,11 @@ class PredictiveCoding(CreditRule):
             )
         if self.inference not in ("error", "state") and (momentum or tolerance):
             raise ConfigError(f"momentum and tolerance apply to inference='error' and 'state', not {self.inference!r}")
-        if self.steps < 1 or not (0 < self.rate < 2 and 0 <= momentum < 1 and tolerance >= 0):
+        require_count("steps", self.steps)
+        if not (0 < self.rate < 2 and 0 <= momentum < 1 and 0 <= tolerance < float("inf")):
             raise ConfigError(  # from 2 on not even a state without a network above it comes to rest
-                "steps must be at least 1, rate in (0, 2), momentum in [0, 1), tolerance not negative; got "
-                f"steps={steps}, rate={rate}, momentum={momentum}, tolerance={tolerance}"
+                "rate must be in (0, 2), momentum in [0, 1), tolerance not negative; got "
+                f"rate={rate}, momentum={momentum}, tolerance={tolerance}"
             )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:

@@ -31,7 +31,7 @@ from apical.core.local import local_roots
 from apical.core.losses import output_error, refuse_options, terms
 from apical.core.noise import initial, normal
 from apical.core.placement import layer_paths
-from apical.errors import ConfigError, UnsupportedModelError, require_choice
+from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
 
 Variant = Literal["dtp", "drl", "linear", "hidden", "control", "lee"]
 VARIANTS = ("dtp", "drl", "linear", "hidden", "control", "lee")
@@ -156,8 +156,9 @@ class DifferenceTargetPropagation(CreditRule):
         self.generator = generator
         require_choice("variant", variant, VARIANTS)
         require_choice("reduction", reduction, ("sum", "mean"))
-        if not (0 < eta < float("inf") and 0 < sigma < float("inf") and neurons >= 1):
-            raise ConfigError(f"eta, sigma and neurons must be positive, got eta={eta}, sigma={sigma}, neurons={neurons}")
+        require_count("neurons", neurons)
+        if not (0 < eta < float("inf") and 0 < sigma < float("inf")):
+            raise ConfigError(f"eta and sigma must be positive, got eta={eta}, sigma={sigma}")
         if recurrent and variant != "hidden":
             raise ConfigError(f'recurrent=True needs variant="hidden", not "{variant}"')
         self.chain = Chain(model, input_shape)

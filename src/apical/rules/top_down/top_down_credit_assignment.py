@@ -31,7 +31,7 @@ from apical.core.outputs import detached, tensors
 from apical.core.placement import OUTPUT_CREDIT
 from apical.core.positions import class_axis, delivered, is_routed, matched, ordered, routed
 from apical.core.signals import Cut, Teacher
-from apical.errors import ConfigError, UnsupportedModelError
+from apical.errors import ConfigError, UnsupportedModelError, require_count
 from apical.rules.top_down.equivariant import EquivariantNetwork, Feedback, Network
 from apical.rules.top_down.teacher import Place, TopDownNetwork, described, load, through_softmax
 
@@ -90,6 +90,9 @@ class TopDownCreditAssignment(CutRule):
         if isinstance(teacher, Path | str):
             teacher = load(shipped(str(teacher)))[0]
         self.credit = place_of(credit, teacher)
+        require_count("hidden", hidden)
+        if sites is not None:
+            require_count("sites", sites)
         self.hidden, self.sites, self.silent = hidden, sites, silent
         seed = torch.randint(2**62, (), device="cpu")  # what is drawn follows from it, on every rank alike
         self.register_buffer("seed", seed)
