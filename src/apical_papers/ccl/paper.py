@@ -16,7 +16,9 @@ PAPER = Paper(
         "fashion": of("ccl-fashion", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar10": of("ccl-cifar10", cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar100": of("ccl-cifar100", cut(1024), {"epochs": 20, "seeds": 3}, {"epochs": 100, "seeds": 5}),
-        "mnist-others": of("ccl-mnist-others", cut(1024), {"epochs": 100, "seeds": 5}, {"epochs": 100, "seeds": 5}),
+        "mnist-others": of(
+            "ccl-mnist-others", cut(1024), {"epochs": 100, "seeds": 5}, {"epochs": 100, "seeds": 5}, {"cpu": 2.24}
+        ),
         "fashion-others": of("ccl-fashion-others", cut(1024), {"epochs": 100, "seeds": 3}, {"epochs": 100, "seeds": 5}),
         "cifar10-cnn": of("ccl-cifar10-cnn", cut(256), {"epochs": 1, "seeds": 1}, {"epochs": 100, "seeds": 5}),
     },

@@ -23,7 +23,9 @@ PAPER = Paper(
             hours={"cpu": 0.004},
         ),
         "mnist": of("pfa-mnist", cut(640), {"epochs": 5, "seeds": 3}, {"epochs": 40, "seeds": 5}, {"cpu": 0.26}),
-        "cifar10-small": of("pfa-cifar10-small", cut(128), {"epochs": 8, "seeds": 5}, {"epochs": 8, "seeds": 5}),
+        "cifar10-small": of(
+            "pfa-cifar10-small", cut(128), {"epochs": 8, "seeds": 5}, {"epochs": 8, "seeds": 5}, {"cpu": 1.49}
+        ),
         "cifar10": of("pfa-cifar10", cut(256), {"epochs": 30, "seeds": 1}, {"epochs": 250, "seeds": 5}),
     },
 )
