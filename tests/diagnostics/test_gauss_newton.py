@@ -14,6 +14,7 @@ import apical
 from apical.core.chain import Chain
 from apical.core.credit import Credit, CreditRule
 from apical.diagnostics.alignment import angle
+from apical.diagnostics.channel import channel
 from apical.diagnostics.curvature import conjugate_gradient
 from apical.diagnostics.gauss_newton import (
     gauss_newton_alignment,
@@ -360,3 +361,19 @@ def test_a_rule_whose_nudge_is_a_word_is_measured_with_the_default() -> None:
     rule, x, y = apical.CorInfoMax(model), torch.randn(16, 6), torch.arange(16) % 3
     assert rule.nudge == "random-sign"
     assert minimum_norm_alignment(rule, x, y) == minimum_norm_alignment(rule, x, y, nudge=1e-3)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+def test_numbers_out_of_range_are_refused_not_returned_as_nan(number: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    rule, inputs, targets = apical.FeedbackAlignment(model), torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(ConfigError, match="damping"):
+        gauss_newton_alignment(rule, inputs, targets, number)
+    with pytest.raises(ConfigError, match="damping"):
+        minimum_norm_alignment(rule, inputs, targets, number)
+    with pytest.raises(ConfigError, match="nudge"):
+        minimum_norm_alignment(rule, inputs, targets, nudge=number)
+    with pytest.raises(ConfigError, match="tolerance"):
+        gauss_newton_direction(model, nn.functional.cross_entropy, inputs, targets, tolerance=number)
+    with pytest.raises(ConfigError, match="noise"):
+        channel(model, inputs, noise=number)

@@ -115,7 +115,7 @@ def channel(
     >>> found.largest, round(found.bound - found.nats, 9)
     (1.0, 0.0)
     """
-    if not noise > 0 or where not in ("every", "end"):
+    if not 0 < noise < math.inf or where not in ("every", "end"):
         raise ConfigError(f'a channel needs noise above 0, in "every" layer or at the "end"; got {noise} and {where!r}')
     require_rows("a channel", inputs)
     if not inputs.is_floating_point():

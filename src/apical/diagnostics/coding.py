@@ -20,7 +20,7 @@ from apical.core.activations import is_activation
 from apical.core.layers import is_packed, is_weighted
 from apical.core.rest import evaluating, kept_attributes
 from apical.core.spike_times import SILENT, SpikingLinear
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_count
 
 NOISE = 0.1
 """Standard deviation of the noise that a code has to be read through, where activities have a mean variance of 1."""
@@ -106,6 +106,7 @@ def code_of(activities: Tensor, noise: float = NOISE, bins: int = 32) -> Code:
     """
     if len(activities) < 2 or not torch.isfinite(activities).all():
         raise ConfigError("a code is measured on two samples or more, with finite activities")
+    require_count("bins", bins)
     spectrum = covariance_spectrum(activities)
     dead = float((activities == activities[0]).all(0).double().mean())
     return Code(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
-from apical.errors import ConfigError
+from apical.errors import ConfigError, require_count
 
 Parameters: TypeAlias = dict[str, Tensor]
 Network: TypeAlias = Callable[[Parameters, Tensor], Tensor]
@@ -95,10 +95,13 @@ def conjugate_gradient(
         iterations: maximum number of products; None: 10 n.
 
     Raises:
-        ConfigError: not converged by then.
+        ConfigError: not converged by then; or a tolerance outside of (0, 1).
     """
     tolerance = 10 * torch.finfo(right.dtype).eps if tolerance is None else tolerance
     iterations = 10 * right.shape[-1] if iterations is None else iterations
+    if not 0 < tolerance < 1:
+        raise ConfigError(f"tolerance must lie between 0 and 1; got {tolerance:g}")
+    require_count("iterations", iterations)
     scale = right.abs().amax(-1, keepdim=True)
     residual = right / torch.where(scale > 0, scale, 1)  # so that its square cannot underflow
     x, direction = torch.zeros_like(right), residual

@@ -12,6 +12,7 @@ All are weight *changes*, to be compared with minus the rule's `.grad`. The netw
 (running statistics, no dropout), the rule's own gradient included: only there is the output a function of one sample.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, TypeAlias
@@ -269,6 +270,7 @@ def minimum_norm_alignment(
         Layer name -> angle over its weight and bias; "all" -> angle over all parameters the rule trains.
 
     Raises:
+        ConfigError: a negative damping, or a nudge that is not positive.
         UnsupportedModelError: the model is no chain; the module is named.
     """
     require_rows("a minimum-norm angle", inputs)
@@ -279,6 +281,8 @@ def minimum_norm_alignment(
     if nudge is None:
         nudge = getattr(inner, "nudge", 1e-3)
         nudge = nudge if isinstance(nudge, int | float) else 1e-3  # other rules have words of this name
+    if not 0 < nudge < math.inf:
+        raise ConfigError(f"nudge must be positive; got {nudge:g}")
     voltage = getattr(inner, "difference", None) == "voltage"  # other rules have other things of this name
     target = minimum_norm_update(chain, inputs, nudge * delta, damping, "voltage" if voltage else "rate")
     return _angles(rule.model, change, target)
@@ -382,5 +386,5 @@ def _angles(model: nn.Module, change: Mapping[str, Tensor], target: Update) -> d
 
 
 def _require_damping(damping: float) -> None:
-    if damping < 0:
+    if not 0 <= damping < math.inf:
         raise ConfigError(f"damping must not be negative; got {damping:g}")

@@ -8,6 +8,7 @@ A scale per input is a multiplication from the right, which commutes with `B^T` 
 since `|B^T g| = |g|`: exactly for orthogonal B, on average for random B. The method is ours; the decay is AdamW's.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class InputAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        if not all(0 <= value < math.inf for value in (lr, eps, weight_decay)) or not all(0 <= beta < 1 for beta in betas):
             raise ConfigError(
                 f"InputAdam needs lr, eps and weight_decay of 0 or more and betas in [0, 1); got {lr=}, {betas=}, {eps=}, "
                 f"{weight_decay=}"
