@@ -277,7 +277,7 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match="float16"):
         DualPropagation(mlp().half())(*batch("mlp"))
     for options in ({"beta": 0.0}, {"alpha": 1.5}, {"sweeps": 0}):
-        with pytest.raises(ConfigError, match="beta must be positive|sweeps must be a whole number"):
+        with pytest.raises(ConfigError, match=r"beta must be positive|sweeps must be a whole number"):
             DualPropagation(mlp(), **options)  # type: ignore[arg-type]
     model = mlp()
     rule = DualPropagation(model)

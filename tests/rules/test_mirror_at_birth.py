@@ -137,7 +137,7 @@ class Skipping(nn.Linear):
 def test_what_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match="unknown initial 'mirrored'; did you mean 'mirror'"):
         make(model(), initial="mirrored")
-    with pytest.raises(ConfigError, match="mirror .* must be a whole number"):
+    with pytest.raises(ConfigError, match=r"mirror .* must be a whole number"):
         make(model(), initial="mirror", mirror=0)
     with pytest.raises(UnsupportedModelError, match=r"layer '1'.*affine map"):
         make(nn.Sequential(nn.Linear(3, 4), Skipping(4, 3)), initial="mirror")
