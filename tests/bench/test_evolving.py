@@ -270,6 +270,12 @@ def test_unusable_options_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_evolution_that_diverges_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evolve(tmp_path / "out", "--generations", "2", "--sigma", "1e30") == 2
+    assert "the evolution diverged in generation 1" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
 def test_a_damaged_checkpoint_is_said(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "damaged"
     assert evolve(out, "--generations", "1") == 0

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import shlex
 import sys
@@ -149,6 +150,7 @@ def _status(arguments: Sequence[str]) -> int:
         parsed = _parsed(arguments)
         with handled(end):
             run = _runner(parsed)
+        _require_numbers(parsed)
         refuse_both(parsed)
         with handled(Raise()):
             return run(parsed, shlex.join(["apical", *arguments]))
@@ -177,6 +179,17 @@ def _status(arguments: Sequence[str]) -> int:
     # under torchrun every process prints it: the first to end gets the others killed, perhaps before they print
     print("apical: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
+
+
+def _require_numbers(flags: Any) -> None:
+    """Refuse whole numbers that PyTorch does not take, infinity and what is not a number."""
+    for name, value in vars(flags).items():
+        most = 2**63 - 1 if name in ("seed", "search_seed") else 2**31 - 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"--{name.replace('_', '-')} must be finite, got {number}")
+            if isinstance(number, int) and number > most:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at most {most}, got {number}")
 
 
 def _unheard() -> int:

@@ -22,7 +22,7 @@ from apical.bench.evolve.recipe import ADDED, FREE_FIELDS, EvolutionRecipe
 from apical.bench.folders import check_writable, refuse_unlike, refuse_used
 from apical.bench.run_folder import FolderLock
 from apical.bench.state import append_line, brief, read_json, read_lines, write_lines, write_state
-from apical.errors import CheckpointError, DataError
+from apical.errors import CheckpointError, DataError, DivergenceError
 from apical.evolution.classification import AnyClasses, Classification, Images, Setting
 from apical.evolution.population import Lifetime
 from apical.evolution.seeds import seed_of
@@ -138,6 +138,11 @@ class Evolution:
         self.fittest = population[int(ranked.argmax())].clone()
         self.search.tell(population, fitness[:-1])
         self.generation += 1
+        if not all(bool(values.isfinite().all()) for values in (ranked, self.search.center, self.search.sigma)):
+            raise DivergenceError(
+                f"the evolution diverged in generation {self.generation}: fitness or weights are not finite; use a smaller "
+                "--sigma or --step"
+            )
         self.average = self.average + averaging(self.generation) * (self.search.center - self.average)
         self.line = {
             "generation": self.generation,
