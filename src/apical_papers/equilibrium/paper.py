@@ -18,7 +18,7 @@ PAPER = Paper(
     studies=STUDIES,
     tables={
         "digits": of("ep-digits", {"epochs": 1, "seeds": 2}, {"epochs": 20, "seeds": 10}, {"epochs": 20, "seeds": 10}),
-        "mnist": of("ep-mnist", cut(640), {"epochs": 10, "seeds": 3}, {"epochs": 25, "seeds": 5}),
+        "mnist": of("ep-mnist", cut(640), {"epochs": 25, "seeds": 5}, {"epochs": 25, "seeds": 5}),
         "study": seed_study(
             "Equilibrium propagation: gradients, and weights that learn apart",
             "apical_papers.equilibrium.study",
