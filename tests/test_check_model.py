@@ -448,3 +448,17 @@ def test_branches_that_hardly_count_accuse_nobody(scale: float) -> None:
     rule = apical.FeedbackAlignment(Branch(scale).double(), first_layer=True)
     report = check_model(rule, *batch(), skip=QUICK)
     assert report.passed["zero feedback"] == "5 layers"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_gradient_that_is_rounding_alone_is_no_fault(seed: int) -> None:
+    """A bias before a batch normalisation: its error sums to zero, and what is left differs from step to step."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)),
+    )
+    inputs, targets = torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    for rule in (apical.Backprop(model), apical.FeedbackAlignment(model)):
+        check_model(rule, inputs, targets, skip=["compiled"])
+        rule.detach()

@@ -40,13 +40,31 @@ class Trial:
         self.rule, self.model, self.inputs, self.targets = rule, rule.model, inputs, targets
 
     @cached_property
-    def tolerance(self) -> float:
-        """Relative error that counts as equal in the coarsest precision of the model's parameters and activity."""
+    def eps(self) -> float:
+        """Coarsest precision of the model's parameters and activity."""
         kinds, seen = [q.dtype for q in self.model.parameters()], Precision()
         with undisturbed(self.rule), torch.no_grad(), seen:
             self.model(self.inputs)
-        eps = max([seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
+        return max([seen.eps, *(torch.finfo(kind).eps for kind in kinds if kind.is_floating_point)])
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that counts as equal in this precision."""
+        eps = self.eps
         return 1e-9 if eps < 1e-12 else min(0.05, 2e3 * eps if eps < 1e-4 else 8 * eps)
+
+    @cached_property
+    def rounding(self) -> dict[str, float]:
+        """By how much a usual gradient changes if parameters and inputs are rounded differently, relative to the largest one.
+
+        A gradient that is a sum of errors which cancel, as that of a bias before a batch normalisation, is rounding alone.
+        """
+        draws = [self.perturbed(self.step, self.eps, seed) for seed in range(4)]
+        return {
+            name: max((float((draw[name] - grad).abs().max()) for draw in draws if name in draw), default=0.0) / largest
+            for name, grad in self.usual.items()
+            if grad.numel() and (largest := _largest(self.usual))
+        }
 
     @contextmanager
     def sandbox(self) -> Iterator[None]:
@@ -211,8 +229,8 @@ class Trial:
         return grad is not None and bool(self.far({name: 2 * grad}, self.usual, {name}))
 
     def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
-        """Parameters on which two sets of gradients differ by more than the tolerance, and by how much, relative to b's."""
-        scale = max((float(g.abs().max()) for g in b.values() if g.numel()), default=0.0)
+        """Parameters on which two sets of gradients differ by more than rounding, and by how much, relative to b's."""
+        scale = _largest(b)
         result = {}
         for name in names if names is not None else a.keys() | b.keys():
             x, y = a.get(name), b.get(name)
@@ -221,9 +239,13 @@ class Trial:
             x, y = _filled(x, y), _filled(y, x)
             difference = float((x - y).abs().max()) if x.numel() else 0.0
             size = max(float(y.abs().max()) if y.numel() else 0.0, 1e-3 * scale)
-            if not difference <= self.tolerance * size:
+            if not difference <= self.tolerance * size and not difference <= 8 * scale * self.rounding.get(name, 0.0):
                 result[name] = difference / size if size else float("inf")
         return result
+
+
+def _largest(gradients: Gradients) -> float:
+    return max((float(grad.abs().max()) for grad in gradients.values() if grad.numel()), default=0.0)
 
 
 def _filled(grad: Tensor | None, other: Tensor | None) -> Tensor:
