@@ -55,7 +55,7 @@ class Trial:
 
     @cached_property
     def rounding(self) -> dict[str, float]:
-        """By how much a usual gradient changes if parameters and inputs are rounded differently, relative to the largest one.
+        """By how much a usual gradient changes if parameters and inputs are rounded differently, relative to the largest.
 
         A gradient that is a sum of errors which cancel, as that of a bias before a batch normalisation, is rounding alone.
         """
