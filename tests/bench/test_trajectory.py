@@ -229,7 +229,7 @@ def test_what_cannot_be_drawn_is_one_line(compared: Path, tmp_path: Path, capsys
         ((one, "--grid", "2", *out), "--grid must be at least 3"),
         ((one, "--examples", "1", *out), "--examples must be at least 2"),
         ((one, "--span", "0", *out), "--span must be positive"),
-        ((one, "--span", "nan", *out), "--span must be positive"),
+        ((one, "--span", "nan", *out), "--span must be finite"),
     ):
         assert said in refused(capsys, "landscape", *arguments)
     plain, other, straight = (tmp_path / name for name in ("plain", "other", "straight"))

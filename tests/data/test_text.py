@@ -65,7 +65,7 @@ def test_pythons_own_sources() -> None:
     assert whole.test.inputs.dtype == torch.int64
     said = sequences.decoded(whole.test.inputs[0].tolist(), whole.class_names)
     assert said.replace(sequences.OTHER, "") in test or sequences.OTHER in said
-    assert len(train) > 8 * len(test) > 0
+    assert len(train) > 5 * len(test) > 0  # one file in ten, of sizes that differ with the version of Python
     assert len(whole.sha256) == 16
 
 

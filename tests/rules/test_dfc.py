@@ -252,7 +252,7 @@ def test_feedback_at_initialisation() -> None:
         ({"newton": 0}, "newton"),
         ({"alpha": -1.0}, "alpha"),
         ({"dt": 0.3}, r"tau=0.2 must not be smaller than the step dt=0.3"),
-        ({"points": 1}, "2 points"),
+        ({"points": 1}, "points must be a whole number, at least 2"),
         ({"leak": "both"}, "leak"),
         ({"proactive": False}, "solver='simulate'"),
         ({"instant_transmission": False}, "solver='simulate'"),
