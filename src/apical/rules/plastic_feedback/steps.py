@@ -35,6 +35,7 @@ Places = dict[str, tuple[Group | None, Group | None]]
 """By layer: the optimiser's groups that contain the weight and the feedback."""
 
 FROZEN = "its weight is frozen"
+RESTS = "its feedback was frozen"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
@@ -59,6 +60,7 @@ class Steps:
         self._rehearsals: dict[str, Rehearsal] = {}
         self._rehearsed: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
         self._lonely: dict[str, int] = {}
+        self.resting: set[str] = set()  # layers in closed form whose R was frozen
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: dict[str, Any] = {}
         self._arrivals: dict[str, Arrival] = {}
@@ -134,6 +136,9 @@ class Steps:
         if name in self._watches and self._watches[name].parameter is not self.rule.layers[name].weight:
             self.open(name, REPLACED)
             self._known.clear()
+            return
+        if self.resting and name in self.resting:
+            self.open(name, RESTS)
             return
         if name in self._watches and self._watches[name].is_elsewhere():  # where torch.utils.swap_tensors takes no hooks
             weight = self.rule.layers[name].weight
@@ -222,8 +227,11 @@ class Steps:
                 else:
                     watch.mismatch.shrink(k)
                 watch.stepped()
-                watch.optimizer, watch.momentum = ref(optimizer), momentum_of(optimizer, watch.parameter)
+                watch.note(optimizer, momentum_of(optimizer, watch.parameter))
             self.sharing.after_step(self.rule, optimizer)
+        elif self._moving:  # a fused step counts as a change although it was skipped
+            for name in self._moving:
+                self._watches[name].note(optimizer, momentum_of(optimizer, self._watches[name].parameter))
         self._moving.clear()
         self._passes.clear()
         self.sharing.begin()
@@ -383,9 +391,10 @@ class Steps:
         if watch is None or watch.momentum is None:
             return
         now = momentum if watch.parameter is self.rule.layers[name].weight else momentum_of(optimizer, watch.parameter)
-        if now is not None and now is not watch.momentum and self.moving(name):
+        if not watch.is_kept(now) and self.moving(name):
+            what = "changed" if now is watch.momentum else "replaced"
             raise ConfigError(
-                f"the optimiser's momentum of layer {name!r} was replaced, but that of its feedback is part of "
+                f"the optimiser's momentum of layer {name!r} was {what}, but that of its feedback is part of "
                 f'{type(self.rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
@@ -421,11 +430,13 @@ class Steps:
         mismatch, watch = cast(Mismatch, rule.mismatch_of(name)), self._watches.pop(name, None)
         weight = rule.layers[name].weight if watch is None else watch.parameter
         optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whatever the caller's context
+        inference = torch.inference_mode(False)
+        with inference, torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whatever the caller's context
             self._explicit(name, mismatch, weight, optimizer)
         del rule._mismatches()[key(name)]
         rule.unsettle(name)
-        rule.reasons[name] = reason
+        self.resting.discard(name)
+        rule.reasons[name] = reason + rule.forgets(name)
         if name in self._arrivals:
             self._arrivals[name].waits = name in rule._called  # for a backward pass that was not asked for R's gradient
 
