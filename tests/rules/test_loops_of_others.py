@@ -313,3 +313,115 @@ def test_a_rule_within_a_checkpoint_is_refused(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{type(rule).__name__} was called within torch.utils.checkpoint"):
         checkpoint(loss, *batch(0), use_reentrant=False)
     rule(*batch(0)).backward()  # the remedy
+
+
+def sharers(make: Any, form: str) -> tuple[Any, Any]:
+    """Two rules with a body in common, as of an actor and a critic."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 9), nn.Tanh())
+    return tuple(make(nn.Sequential(body, nn.Linear(9, 3)), form=form) for _ in range(2))
+
+
+def all_of(*rules: Any) -> list[nn.Parameter]:
+    return [*{id(parameter): parameter for rule in rules for parameter in rule.parameters()}.values()]
+
+
+def in_turn(first: Any, second: Any, optimiser: Any) -> None:
+    """One optimiser, which one rule serves at each step."""
+    optimizer = optimiser(all_of(first, second))
+    for step in range(20):
+        optimizer.zero_grad()
+        (first if step % 2 else second)(*batch(step)).backward()
+        optimizer.step()
+
+
+def each_with_its_own(first: Any, second: Any, optimiser: Any) -> None:
+    optimizers = [optimiser(rule.parameters()) for rule in (first, second)]
+    for step in range(20):
+        for rule, optimizer in zip((first, second), optimizers, strict=True):
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            optimizer.step()
+
+
+def one_after_the_other(first: Any, second: Any, optimiser: Any) -> None:
+    for rule in (first, second):
+        optimizer = optimiser(rule.parameters())
+        for step in range(10):
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            optimizer.step()
+
+
+def looked_at(first: Any, second: Any, optimiser: Any) -> None:
+    """The same, and the one that rests is evaluated."""
+    for rule, other in ((first, second), (second, first), (first, second)):
+        optimizer = optimiser(all_of(first, second))
+        for step in range(6):
+            with torch.no_grad():
+                other(*batch(step))
+            optimizer.zero_grad()
+            rule(*batch(step)).backward()
+            with torch.no_grad():
+                other(*batch(step + 1))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("run", [in_turn, each_with_its_own, one_after_the_other, looked_at])
+@pytest.mark.parametrize(
+    ("make", "optimiser"),
+    [
+        *((make, partial(torch.optim.SGD, lr=0.05)) for make in RULES.values()),
+        (RULES["kp"], partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)),
+    ],
+    ids=[*RULES, "kp-adamw"],
+)
+def test_rules_that_share_a_body_each_have_their_own_feedback(make: Any, run: Any, optimiser: Any) -> None:
+    """The body's weights learn from both, and the feedback of each rule from that rule alone."""
+    explicit, default = sharers(make, "explicit"), sharers(make, "auto")
+    for rules in (explicit, default):
+        run(*rules, optimiser)
+    for own, expected in zip(default, explicit, strict=True):
+        alike(own, expected)
+
+
+def test_feedback_rests_while_another_rule_trains_the_body() -> None:
+    first, second = sharers(RULES["kp"], "auto")
+    before = second.feedback_weights()["0.2"].clone()
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.05)
+    for step in range(10):
+        optimizer.zero_grad()
+        first(*batch(step)).backward()
+        optimizer.step()
+    assert torch.equal(second.feedback_weights()["0.2"], before)
+
+
+@pytest.mark.parametrize("optimiser", [adamw, partial(torch.optim.RMSprop, lr=0.002)], ids=["adamw", "rmsprop"])
+def test_weights_that_backpropagation_has_trained_bring_a_state_that_the_feedback_lacks(optimiser: Any) -> None:
+    ran = []
+    for form in ("auto", "explicit"):
+        rule = build(RULES["kp"], form)
+        optimizer = optimiser(rule.parameters() if optimiser is not adamw else rule)
+        for step in range(5):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(rule.model(batch(step)[0]), batch(step)[1]).backward()
+            optimizer.step()
+        steps(rule, optimizer, range(5, 20))
+        ran.append(rule)
+    alike(*ran)
+    assert any("state" in remark for remark in ran[0].remarks)
+
+
+def test_a_feedback_that_becomes_explicit_has_its_state_in_every_optimiser_that_holds_it() -> None:
+    """Two optimisers in turn, each with its own moments of the same weights and feedback."""
+    ran = []
+    for form in ("auto", "explicit"):
+        rule = build(RULES["kp"], form)
+        optimizers = [torch.optim.AdamW(rule.parameters(), lr=rate, weight_decay=0.1) for rate in (0.01, 0.003)]
+        for step in range(24):
+            if step == 11:
+                read(rule)
+            steps(rule, optimizers[step % 2], range(step, step + 1))
+        ran.append(rule)
+    alike(*ran)
+    assert ran[0].remarks

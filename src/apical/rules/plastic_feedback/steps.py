@@ -23,7 +23,7 @@ from apical.core.stepping import (
 )
 from apical.core.units import key
 from apical.errors import ConfigError
-from apical.rules.plastic_feedback.decay import Decays, Rehearsal, is_known, not_known
+from apical.rules.plastic_feedback.decay import Decays, Rehearsal, clock, is_known, not_known
 from apical.rules.plastic_feedback.held import fill, vacate
 from apical.rules.plastic_feedback.mismatch import Mismatch, Watch
 from apical.rules.plastic_feedback.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
@@ -267,7 +267,7 @@ class Steps:
         plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
         if other is not None or not plastic.requires_grad:
             self._lonely[name] = 0
-        elif group is not None and weight.grad is not None:
+        elif group is not None and weight.grad is not None and name in self.rule._called:
             self._lonely[name] = self._lonely.get(name, 0) + 1
             if self._lonely[name] >= 3:  # R may have its own optimiser, which steps after this one
                 raise ConfigError(
@@ -330,6 +330,9 @@ class Steps:
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
             return "its weight or its feedback has no separate dense gradient"
+        mine, its = (optimizer.state.get(p, {}) for p in (weight, plastic))
+        if rule.ALIKE and not is_sgd(optimizer) and (bool(mine) != bool(its) or clock(mine) != clock(its)):
+            return "its weight and its feedback have different states in the optimiser"
         if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
             return None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
@@ -446,11 +449,12 @@ class Steps:
         held = cast(Tensor, rule.layers[name]._parameters.get("weight", weight))
         if held.grad is not None and any(own is held for own in rule.layers[name].parameters()):  # not a former one's
             plastic.grad = rule.from_weight(name, held.grad)
-        buffer = None if optimizer is None else momentum_of(optimizer, weight)
-        if optimizer is not None and buffer is not None:
-            optimizer.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
-        elif optimizer is not None and not is_sgd(optimizer):
-            optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
+        holders = [each for each, (_, places) in self._known.items() if places.get(name, (None, None))[1] is not None]
+        for holder in holders or ([] if optimizer is None else [optimizer]):
+            if (buffer := momentum_of(holder, weight)) is not None:
+                holder.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
+            elif not is_sgd(holder):
+                holder.state[plastic].update(rule.own_state(holder.state.get(weight, {})))
 
 
 def is_sgd(optimizer: Optimizer) -> bool:
