@@ -425,3 +425,35 @@ def test_a_feedback_that_becomes_explicit_has_its_state_in_every_optimiser_that_
         ran.append(rule)
     alike(*ran)
     assert ran[0].remarks
+
+
+def leaves(rule: Any, optimizer: Any) -> Any:
+    parameters = optimizer.param_groups[0]["params"]
+    parameters[:] = [parameter for parameter in parameters if parameter is not rule.model[2].weight]
+    return optimizer
+
+
+def succeeded(rule: Any, optimizer: Any) -> Any:
+    rest = [parameter for parameter in rule.parameters() if parameter is not rule.model[2].weight]
+    return torch.optim.SGD(rest, lr=0.05, momentum=0.9, weight_decay=1e-2)
+
+
+@each_rule
+@pytest.mark.parametrize("change", [leaves, succeeded])
+def test_a_weight_that_leaves_the_optimiser_stands_still_and_its_feedback_learns_on(make: Any, change: Any) -> None:
+    ran = []
+    for form in ("auto", "explicit"):
+        rule = build(make, form)
+        optimizer = sgd(rule)
+        steps(rule, optimizer, range(8))
+        optimizer.zero_grad()
+        before = rule.feedback_weights()["2"].clone()
+        optimizer = change(rule, optimizer)
+        for step in range(8, 20):
+            rule.zero_grad()
+            rule(*batch(step)).backward()
+            optimizer.step()
+        assert float((rule.feedback_weights()["2"] - before).abs().max()) > 1e-3
+        ran.append(rule)
+    alike(*ran)
+    assert any("different optimisers" in remark for remark in ran[0].remarks)

@@ -36,6 +36,7 @@ Places = dict[str, tuple[Group | None, Group | None]]
 
 FROZEN = "its weight is frozen"
 RESTS = "its feedback was frozen"
+APART = "its weight and its feedback have different optimisers"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
@@ -325,7 +326,7 @@ class Steps:
         if reason is not None:
             return reason
         if group is None or other is None:
-            return "its weight and its feedback have different optimisers"
+            return APART
         if not alike(group, other, optimizer):
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
@@ -350,6 +351,8 @@ class Steps:
         rule = self.rule
         weight = rule.layers[name].weight
         arrival = self._arrivals.get(name)
+        if group is None and name in rule._called and name in self._watches:  # it did move this weight, not another one
+            return self.open(name, APART, optimizer)
         if group is None or (weight.grad is None and not (arrival is not None and arrival.fresh)):
             return None
         reason = self._refused(name, optimizer, group)
