@@ -457,3 +457,28 @@ def test_a_weight_that_leaves_the_optimiser_stands_still_and_its_feedback_learns
         ran.append(rule)
     alike(*ran)
     assert any("different optimisers" in remark for remark in ran[0].remarks)
+
+
+@each_rule
+def test_a_step_that_is_interrupted_is_said(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, and then the loop goes on: some weights have moved, and no feedback."""
+    rule = build(make)
+    optimizer = torch.optim.AdamW(rule.parameters(), lr=0.01, weight_decay=0.1, foreach=False)
+    steps(rule, optimizer, range(6))
+    before = {name: value.clone() for name, value in rule.feedback_weights().items()}
+    calls = iter(range(4))
+
+    def divide(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    original = Tensor.addcdiv_
+    monkeypatch.setattr(Tensor, "addcdiv_", divide)
+    with pytest.raises(KeyboardInterrupt):
+        steps(rule, optimizer, range(6, 7))
+    monkeypatch.undo()
+    for name, value in rule.feedback_weights().items():
+        assert torch.equal(value, before[name])
+    steps(rule, optimizer, range(7, 12))
+    assert any("did not end" in remark for remark in rule.remarks), rule.remarks

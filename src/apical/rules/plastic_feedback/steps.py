@@ -41,6 +41,7 @@ REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
 HOOKED = "hooks run within the optimiser's step and may change gradients or weights"
+UNENDED = "a step of the optimiser did not end, which may have moved weights without their feedback"
 COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
@@ -57,6 +58,7 @@ class Steps:
         self._rule = ref(rule)
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
+        self._begun = 0
         self._decays = Decays()
         self._rehearsals: dict[str, Rehearsal] = {}
         self._rehearsed: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
@@ -184,7 +186,11 @@ class Steps:
     def before_step(self, optimizer: Optimizer) -> None:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
+        for name in [*self._moving] if self._begun == id(optimizer) else ():  # its last step has not been followed
+            if rule.mismatch_of(name) is not None:
+                self.open(name, UNENDED, optimizer)
         self._moving.clear()
+        self._begun = id(optimizer)
         self.sharing.begin()
         self._decays.begin()
         around = HOOKED if is_hooked(optimizer) else COMPILED if is_compiled() else None
