@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from apical.core.called import FAKE, are_fake
+from apical.core.checkpointing import is_checkpointed
 from apical.core.credit import Credit, CreditRule
 from apical.core.losses import independent
 from apical.core.rest import undisturbed
@@ -265,8 +266,22 @@ def look_before(rule: CreditRule, args: Sequence[Any], first: bool) -> None:
         look_at_optimizer(rule)
     if first:
         require_no_counted_passes(rule)
+        require_no_checkpoint(rule)
     if first and rule.output_alone and len(args) == 2:
         require_loss_of_output(rule, *args)
+
+
+def require_no_checkpoint(rule: CreditRule) -> None:
+    """Refuse an activation checkpoint around the rule, whose own forward pass would be repeated without what it notes.
+
+    Raises:
+        UnsupportedModelError: a non-reentrant one is recording.
+    """
+    if rule.sees_layers and is_checkpointed():
+        raise UnsupportedModelError(
+            f"{type(rule).__name__} was called within torch.utils.checkpoint, which cannot repeat what a rule does: call "
+            "the rule outside, and use checkpoints inside the model"
+        )
 
 
 def require_no_counted_passes(rule: CreditRule) -> None:

@@ -4,6 +4,7 @@ The user makes the optimiser and never hands it over, so one pair of torch's glo
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, cast
@@ -37,23 +38,32 @@ class Observer(Protocol):
 
 _observers: WeakSet[Observer] = WeakSet()
 _handles: list[Any] = []
+_lock = threading.Lock()
 _compiles = [False]
 
 
 def observe(observer: Observer) -> None:
     """Tell `observer` of all steps from now on; it is not kept alive."""
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(_before))
-        _handles.append(register_optimizer_step_post_hook(_after))
-    _observers.add(observer)
+    with _lock:
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before))
+            _handles.append(register_optimizer_step_post_hook(_after))
+        _observers.add(observer)
 
 
 def ignore(observer: Observer) -> None:
     """Tell it no more, and leave nothing in torch when it was the last one."""
-    _observers.discard(observer)
-    if not _observers:
-        while _handles:
-            _handles.pop().remove()
+    with _lock:
+        _observers.discard(observer)
+        if not _observers:
+            while _handles:
+                _handles.pop().remove()
+
+
+def _concerned(optimizer: Optimizer) -> list[Observer]:
+    with _lock:  # another thread may make a rule
+        observers = list(_observers)
+    return [observer for observer in observers if observer.concerns(optimizer)]
 
 
 def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +84,7 @@ def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @_outside_graphs
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    observers = [observer for observer in _observers if observer.concerns(optimizer)]
+    observers = _concerned(optimizer)
     if not observers:
         return None
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -106,7 +116,7 @@ def _told_after(closure: Callable[[], Any], optimizer: Optimizer, observers: lis
 
 @_outside_graphs
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for observer in [observer for observer in _observers if observer.concerns(optimizer)]:
+    for observer in _concerned(optimizer):
         observer.after_step(optimizer)
 
 
@@ -148,8 +158,8 @@ def distributed() -> bool:
 class Arrival:
     """Hook of a weight: records which gradient has arrived, so that a change before the step is noticed.
 
-    In-place changes show in the version; those through `.data` in a sample of the values, taken when `sampled`, and where
-    many gradients arrive without a step of an optimiser.
+    In-place changes show in the version; those through `.data` in a product of the values, taken when `sampled`; and those
+    of the weight in some of its values, where many gradients arrive without a step of an optimiser.
 
     Attributes:
         fresh: set at every arrival; the observer of steps clears it.
@@ -226,7 +236,7 @@ class Arrival:
             self.mark = None
             return
         self.mark = (gradient.data_ptr(), gradient._version)
-        self._sample = strided(gradient).clone() if self.sampled and gradient.device.type == "cpu" else None
+        self._sample = _product(gradient) if self.sampled and gradient.device.type == "cpu" else None
 
     def untouched(self, gradient: Tensor) -> bool:
         """Whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
@@ -234,7 +244,7 @@ class Arrival:
             return not (self.fresh or bool(gradient.any()))  # zeros are its own unless they replace what has arrived
         if self._sample is None:
             return True
-        now, then = strided(gradient), self._sample
+        now, then = _product(gradient), self._sample
         if torch.equal(now, then) or not bool(now.isfinite().all()):
             return True
         place = int(then.abs().argmax())
@@ -269,6 +279,12 @@ def _spread(tensor: Tensor) -> Tensor:
     """About 64 elements in the order of the indices, however the tensor lies in memory."""
     flat = _own_part(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // 64)]
+
+
+def _product(tensor: Tensor) -> Tensor:
+    """The fingerprint of what this process holds of a tensor."""
+    own = _own_part(tensor.detach())
+    return fingerprint(own, direction(own))
 
 
 def _own_part(tensor: Tensor) -> Tensor:

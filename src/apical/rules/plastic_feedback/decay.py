@@ -71,7 +71,7 @@ class Decays:
             tried[id(group), *shape] = not _reaches(_attributes(optimizer)) and _obeys(optimizer, group, shape, state)
         if not tried[id(group), *shape]:
             return None
-        place = id(group), len(shape), _clock(state)
+        place = id(group), len(shape), clock(state)
         if place not in self._now:
             probes = self._probes.setdefault(optimizer, {})
             if len(probes) > 16:
@@ -182,7 +182,7 @@ class Probe:
 
     def clock(self) -> Clock:
         """The step counts in its state."""
-        return _clock(self.twin.state.get(self.tensors[0], {}))
+        return clock(self.twin.state.get(self.tensors[0], {}))
 
     def step(self, group: Group) -> float | None:
         """k of the next step with the group's present options; None if the tensors contradict any k."""
@@ -211,7 +211,7 @@ class Probe:
         return k if is_one and separate and memoryless else None
 
 
-def _clock(state: Mapping[str, Any]) -> Clock:
+def clock(state: Mapping[str, Any]) -> Clock:
     """The integers in a weight's state: weights that skip some steps have other counts."""
     numbers = {key: float(value) for key, value in state.items() if isinstance(value, NUMBERS) or _is_scalar(value)}
     return tuple(sorted((str(key), value) for key, value in numbers.items() if value.is_integer()))

@@ -52,7 +52,11 @@ class Held(nn.Parameter):
         name = func.__name__
         if name in ("__get__", "__set__", "__delete__"):
             name = func.__self__.__name__
-        if name not in ABOUT:
+            if func.__name__ == "__set__" and name == "requires_grad":
+                rest(*args)
+        if name == "requires_grad_":
+            rest(*args, **(kwargs or {}))
+        elif name not in ABOUT:
             for part in tree_leaves((args, kwargs)):
                 rule = part.holder[0]() if type(part) is Held else None
                 if rule is not None:
@@ -68,6 +72,13 @@ class Held(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+
+
+def rest(plastic: Held, requires_grad: bool = True) -> None:
+    """Note that R is frozen, or no longer: at the next batch a frozen one takes values, which stay."""
+    rule = plastic.holder[0]()
+    if rule is not None:
+        (rule.steps.resting.discard if requires_grad else rule.steps.resting.add)(plastic.holder[1])
 
 
 def vacate(plastic: nn.Parameter, rule: "PlasticRule", name: str) -> None:

@@ -110,12 +110,14 @@ class Watch:
     Attributes:
         optimizer: that moved it last.
         momentum: the optimiser's momentum of the weight after the last step.
+        age: the version of that tensor.
 
     Its product with a fixed vector is taken after each step and before the next, where the optimiser reads it anyway.
     """
 
     optimizer: ref[Optimizer] | None = None
     momentum: Tensor | None = None
+    age = -1
 
     def __init__(self, weight: nn.Parameter, mismatch: Mismatch) -> None:
         self.parameter, self.mismatch = weight, mismatch
@@ -124,6 +126,15 @@ class Watch:
         self._careful = weight.device.type == "cpu"  # elsewhere a comparison waits for the device
         self._missed = torch.zeros((), dtype=torch.bool, device=weight.device)
         self._bind()
+
+    def note(self, optimizer: Optimizer, momentum: Tensor | None) -> None:
+        """Record what moved the weight, and the momentum that it left."""
+        self.optimizer, self.momentum = ref(optimizer), momentum
+        self.age = -1 if momentum is None else momentum._version
+
+    def is_kept(self, momentum: Tensor | None) -> bool:
+        """Whether a momentum, if there is one, is what the last step left."""
+        return momentum is None or (momentum is self.momentum and momentum._version == self.age)
 
     def is_elsewhere(self) -> bool:
         """Whether the parameter has its values at another address since it was looked at."""

@@ -15,6 +15,7 @@ back, with the present R and momentum of R, or raises.
 """
 
 import json
+import warnings
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +33,7 @@ from apical.core.processes import parted, whole
 from apical.core.transport import as_matrix, from_matrix
 from apical.core.units import key
 from apical.errors import ConfigError, UnsupportedModelError, require_choice, require_count
-from apical.rules.plastic_feedback.held import Plastics, fill, vacate
+from apical.rules.plastic_feedback.held import Held, Plastics, fill, rest, vacate
 from apical.rules.plastic_feedback.mismatch import Mismatch
 from apical.rules.plastic_feedback.sharing import FUNCTION
 from apical.rules.plastic_feedback.steps import FROZEN, MOVED, Steps
@@ -90,6 +91,7 @@ class PlasticRule(EdgeRule):
         self.form: Form = form
         self.alone: dict[str, str] = {}
         self.moved_by = ""
+        self._is_stale = False
         self.clips = False
         self._mirrored = 0
         self.reasons: dict[str, str] = dict.fromkeys(self.layers, "sparse feedback has no closed form") if sparse else {}
@@ -213,6 +215,8 @@ class PlasticRule(EdgeRule):
                     self._tapped.add(name)
                 if steps.moved(name):
                     self.reasons.setdefault(name, MOVED)
+                if plain and layer.weight.grad is None and self.plastic_of(name).grad is not None:
+                    self._warn_of_stale_gradients(name)
             elif not plain:
                 steps.open(name, FUNCTION)
             elif not layer.weight.requires_grad:
@@ -221,6 +225,16 @@ class PlasticRule(EdgeRule):
                 steps.require(name)
         steps.hear()
         self._one_matrix = not self.has_pathway()
+
+    def _warn_of_stale_gradients(self, name: str) -> None:
+        if not self._is_stale:
+            self._is_stale = True
+            warnings.warn(
+                f"the gradient of the feedback of layer {name!r} was not cleared with that of its weight, so that gradients "
+                "of several batches add up in it: call rule.zero_grad() or optimizer.zero_grad(), not model.zero_grad()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def has_pathway(self) -> bool:
         """Whether any layer may propagate the error other than by one feedback weight."""
@@ -304,12 +318,17 @@ class PlasticRule(EdgeRule):
         for name in self.layers if self.form == "auto" else ():
             if self.mismatch_of(name) is not None:
                 vacate(self.plastic_of(name), self, name)
+                rest(cast(Held, self.plastic_of(name)), self.plastic_of(name).requires_grad)
 
     def _plastics(self) -> nn.ParameterDict:
         return cast(nn.ParameterDict, self._modules[self.PLASTIC])
 
     def _mismatches(self) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self._modules[self.MISMATCH])
+
+    def forgets(self, name: str) -> str:
+        """What R lacks when it leaves the closed form, as the end of a remark; empty if nothing."""
+        return ""
 
     def settle(self, name: str) -> None:
         """Create what the closed form of one layer needs in addition to the mismatch; called when B is known."""
@@ -323,6 +342,8 @@ class PlasticRule(EdgeRule):
         mismatch.follow(weight)
         self._mismatches()[key(name)] = mismatch
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Take the form that each layer has in the state, before the children load their tensors."""
         for name in self.layers:
@@ -362,6 +383,8 @@ def _measure(rule: nn.Module, *_: Any) -> None:
             mismatch.measure(layer.weight.detach())
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _follow_again(rule: nn.Module, *_: Any) -> None:
     """Restore the feedback after a state was loaded."""
     assert isinstance(rule, PlasticRule)

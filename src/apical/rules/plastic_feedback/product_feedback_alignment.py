@@ -439,6 +439,11 @@ class ProductFeedbackAlignment(PlasticRule):
         b = self.expansion.get_buffer(key(name))
         return shared_gradient(weight, self.geometries[name], b, weight, *self._mask(name))
 
+    def forgets(self, name: str) -> str:
+        """R's part in the null space of B."""
+        b = self.expansion.get_buffer(key(name))
+        return "; R starts again as a product of B, without the part that B ignores" if b.shape[1] > len(b) else ""
+
     def settle(self, name: str) -> None:
         """M of a layer in closed form."""
         if self.form == "auto":

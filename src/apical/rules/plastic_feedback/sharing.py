@@ -73,7 +73,7 @@ class Sharing:
         """Let R take W's change in this step, or record in `rule.alone` why it moves by the optimiser's state."""
         plastic, weight = rule.plastic_of(name), rule.layers[name]._parameters.get("weight")
         spared = plastic.grad is None and name in self._counts and self._is_moved_by(rule, name) and weight is not None
-        if rule.ALIKE or name in rule.alone or (plastic.grad is None and not spared):
+        if rule.ALIKE or name in rule.alone or not plastic.requires_grad or (plastic.grad is None and not spared):
             return
         if rule.update == "own":
             self._warn_of_own_state(rule, name, optimizer)

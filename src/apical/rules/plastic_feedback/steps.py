@@ -23,7 +23,7 @@ from apical.core.stepping import (
 )
 from apical.core.units import key
 from apical.errors import ConfigError
-from apical.rules.plastic_feedback.decay import Decays, Rehearsal, is_known, not_known
+from apical.rules.plastic_feedback.decay import Decays, Rehearsal, clock, is_known, not_known
 from apical.rules.plastic_feedback.held import fill, vacate
 from apical.rules.plastic_feedback.mismatch import Mismatch, Watch
 from apical.rules.plastic_feedback.sharing import FUNCTION, OPTIONS_DIFFER, PARTED, Sharing, parallel
@@ -35,10 +35,13 @@ Places = dict[str, tuple[Group | None, Group | None]]
 """By layer: the optimiser's groups that contain the weight and the feedback."""
 
 FROZEN = "its weight is frozen"
+RESTS = "its feedback was frozen"
+APART = "its weight and its feedback have different optimisers"
 REPLACED = "its weight was replaced by another parameter"
 OWN = 'update="own" gives it the optimiser\'s own moments'
 MOVED = "its weight also moves between passes without an optimiser step, as in sharpness-aware minimisation"
 HOOKED = "hooks run within the optimiser's step and may change gradients or weights"
+UNENDED = "a step of the optimiser did not end, which may have moved weights without their feedback"
 COMPILED = "the optimiser's step is compiled"
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 NO_MATTER = {"params", "param_names", "name", "initial_lr", "foreach", "fused", "capturable", "max_lr", "min_lr"}
@@ -55,10 +58,12 @@ class Steps:
         self._rule = ref(rule)
         self._known: WeakKeyDictionary[Optimizer, tuple[Signature, Places]] = WeakKeyDictionary()
         self._moving: dict[str, tuple[Group, bool, float | None]] = {}
+        self._begun = 0
         self._decays = Decays()
         self._rehearsals: dict[str, Rehearsal] = {}
         self._rehearsed: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
         self._lonely: dict[str, int] = {}
+        self.resting: set[str] = set()  # layers in closed form whose R was frozen
         self._drifts: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: dict[str, Any] = {}
         self._arrivals: dict[str, Arrival] = {}
@@ -135,6 +140,9 @@ class Steps:
             self.open(name, REPLACED)
             self._known.clear()
             return
+        if self.resting and name in self.resting:
+            self.open(name, RESTS)
+            return
         if name in self._watches and self._watches[name].is_elsewhere():  # where torch.utils.swap_tensors takes no hooks
             weight = self.rule.layers[name].weight
             weight._post_accumulate_grad_hooks = weight._post_accumulate_grad_hooks
@@ -178,7 +186,11 @@ class Steps:
     def before_step(self, optimizer: Optimizer) -> None:
         """Decide the form of each layer; refuse, or go back to the explicit one, where the closed one would not be exact."""
         rule, places = self.rule, self._known[optimizer][1]
+        for name in [*self._moving] if self._begun == id(optimizer) else ():  # its last step has not been followed
+            if rule.mismatch_of(name) is not None:
+                self.open(name, UNENDED, optimizer)
         self._moving.clear()
+        self._begun = id(optimizer)
         self.sharing.begin()
         self._decays.begin()
         around = HOOKED if is_hooked(optimizer) else COMPILED if is_compiled() else None
@@ -222,8 +234,11 @@ class Steps:
                 else:
                     watch.mismatch.shrink(k)
                 watch.stepped()
-                watch.optimizer, watch.momentum = ref(optimizer), momentum_of(optimizer, watch.parameter)
+                watch.note(optimizer, momentum_of(optimizer, watch.parameter))
             self.sharing.after_step(self.rule, optimizer)
+        elif self._moving:  # a fused step counts as a change although it was skipped
+            for name in self._moving:
+                self._watches[name].note(optimizer, momentum_of(optimizer, self._watches[name].parameter))
         self._moving.clear()
         self._passes.clear()
         self.sharing.begin()
@@ -259,7 +274,7 @@ class Steps:
         plastic, weight = self.rule.plastic_of(name), self.rule.layers[name].weight
         if other is not None or not plastic.requires_grad:
             self._lonely[name] = 0
-        elif group is not None and weight.grad is not None:
+        elif group is not None and weight.grad is not None and name in self.rule._called:
             self._lonely[name] = self._lonely.get(name, 0) + 1
             if self._lonely[name] >= 3:  # R may have its own optimiser, which steps after this one
                 raise ConfigError(
@@ -317,11 +332,14 @@ class Steps:
         if reason is not None:
             return reason
         if group is None or other is None:
-            return "its weight and its feedback have different optimisers"
+            return APART
         if not alike(group, other, optimizer):
             return OPTIONS_DIFFER
         if weight.grad is None or plastic.grad is None or weight.grad.is_sparse:
             return "its weight or its feedback has no separate dense gradient"
+        mine, its = (optimizer.state.get(p, {}) for p in (weight, plastic))
+        if rule.ALIKE and not is_sgd(optimizer) and (bool(mine) != bool(its) or clock(mine) != clock(its)):
+            return "its weight and its feedback have different states in the optimiser"
         if not is_sgd(optimizer):  # R takes W's change, whatever was done to the size of gradients
             return None if parallel(plastic.grad, rule.from_weight(name, weight.grad)) else PARTED
         if not arrival.untouched(weight.grad) or _hooked(weight):
@@ -339,6 +357,8 @@ class Steps:
         rule = self.rule
         weight = rule.layers[name].weight
         arrival = self._arrivals.get(name)
+        if group is None and name in rule._called and name in self._watches:  # it did move this weight, not another one
+            return self.open(name, APART, optimizer)
         if group is None or (weight.grad is None and not (arrival is not None and arrival.fresh)):
             return None
         reason = self._refused(name, optimizer, group)
@@ -383,9 +403,10 @@ class Steps:
         if watch is None or watch.momentum is None:
             return
         now = momentum if watch.parameter is self.rule.layers[name].weight else momentum_of(optimizer, watch.parameter)
-        if now is not None and now is not watch.momentum and self.moving(name):
+        if not watch.is_kept(now) and self.moving(name):
+            what = "changed" if now is watch.momentum else "replaced"
             raise ConfigError(
-                f"the optimiser's momentum of layer {name!r} was replaced, but that of its feedback is part of "
+                f"the optimiser's momentum of layer {name!r} was {what}, but that of its feedback is part of "
                 f'{type(self.rule).__name__}\'s own state: load both states, or build the rule with form="explicit"'
             )
 
@@ -421,11 +442,13 @@ class Steps:
         mismatch, watch = cast(Mismatch, rule.mismatch_of(name)), self._watches.pop(name, None)
         weight = rule.layers[name].weight if watch is None else watch.parameter
         optimizer = optimizer or (None if watch is None or watch.optimizer is None else watch.optimizer())
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whatever the caller's context
+        inference = torch.inference_mode(False)
+        with inference, torch.no_grad(), torch.autocast(weight.device.type, enabled=False):  # whatever the caller's context
             self._explicit(name, mismatch, weight, optimizer)
         del rule._mismatches()[key(name)]
         rule.unsettle(name)
-        rule.reasons[name] = reason
+        self.resting.discard(name)
+        rule.reasons[name] = reason + rule.forgets(name)
         if name in self._arrivals:
             self._arrivals[name].waits = name in rule._called  # for a backward pass that was not asked for R's gradient
 
@@ -435,11 +458,12 @@ class Steps:
         held = cast(Tensor, rule.layers[name]._parameters.get("weight", weight))
         if held.grad is not None and any(own is held for own in rule.layers[name].parameters()):  # not a former one's
             plastic.grad = rule.from_weight(name, held.grad)
-        buffer = None if optimizer is None else momentum_of(optimizer, weight)
-        if optimizer is not None and buffer is not None:
-            optimizer.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
-        elif optimizer is not None and not is_sgd(optimizer):
-            optimizer.state[plastic].update(rule.own_state(optimizer.state.get(weight, {})))
+        holders = [each for each, (_, places) in self._known.items() if places.get(name, (None, None))[1] is not None]
+        for holder in holders or ([] if optimizer is None else [optimizer]):
+            if (buffer := momentum_of(holder, weight)) is not None:
+                holder.state[plastic]["momentum_buffer"] = rule.from_weight(name, mismatch.drift().add_(buffer))
+            elif not is_sgd(holder):
+                holder.state[plastic].update(rule.own_state(holder.state.get(weight, {})))
 
 
 def is_sgd(optimizer: Optimizer) -> bool:
