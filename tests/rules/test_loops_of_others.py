@@ -433,13 +433,20 @@ def leaves(rule: Any, optimizer: Any) -> Any:
     return optimizer
 
 
+def replaced(rule: Any, optimizer: Any) -> Any:
+    parameters = optimizer.param_groups[0]["params"]
+    place = next(i for i, parameter in enumerate(parameters) if parameter is rule.model[2].weight)
+    parameters[place] = torch.nn.Parameter(torch.zeros(3))  # of something else
+    return optimizer
+
+
 def succeeded(rule: Any, optimizer: Any) -> Any:
     rest = [parameter for parameter in rule.parameters() if parameter is not rule.model[2].weight]
     return torch.optim.SGD(rest, lr=0.05, momentum=0.9, weight_decay=1e-2)
 
 
 @each_rule
-@pytest.mark.parametrize("change", [leaves, succeeded])
+@pytest.mark.parametrize("change", [leaves, replaced, succeeded])
 def test_a_weight_that_leaves_the_optimiser_stands_still_and_its_feedback_learns_on(make: Any, change: Any) -> None:
     ran = []
     for form in ("auto", "explicit"):

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any, Protocol, cast
 from weakref import WeakSet
 
@@ -21,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 Group = dict[str, Any]
 """One of an optimiser's `param_groups`."""
 
-Signature = list[tuple[Group, int]]
+Signature = list[tuple[Group, list[Tensor]]]
 
 
 class Observer(Protocol):
@@ -122,15 +123,16 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def signature(optimizer: Optimizer) -> Signature:
-    """The optimiser's groups and how many parameters each holds, to see whether any were added or replaced."""
-    return [(group, len(group["params"])) for group in optimizer.param_groups]
+    """The optimiser's groups and the parameters that each holds, to see whether any were added, removed or replaced."""
+    return [(group, [*group["params"]]) for group in optimizer.param_groups]
 
 
 def unchanged(optimizer: Optimizer, before: Signature) -> bool:
-    """Whether the optimiser still has the groups of `before`."""
+    """Whether the optimiser still has the groups and the parameters of `before`."""
     groups = optimizer.param_groups
     return len(groups) == len(before) and all(
-        group is old and len(group["params"]) == size for group, (old, size) in zip(groups, before, strict=True)
+        group is old and len(group["params"]) == len(held) and all(map(is_, group["params"], held))
+        for group, (old, held) in zip(groups, before, strict=True)
     )
 
 
