@@ -21,7 +21,7 @@ _Z, _WEIGHT = torch.from_numpy(_z), torch.from_numpy(_w / math.sqrt(2 * math.pi)
 
 
 def moments(phi: Phi, q: float) -> tuple[float, float]:
-    """`E[phi(sqrt(q) z)^2]` and `E[phi'(sqrt(q) z)^2]`, by Gauss-Hermite quadrature.
+    """Return `E[phi(sqrt(q) z)^2]` and `E[phi'(sqrt(q) z)^2]`, by Gauss-Hermite quadrature.
 
     >>> [round(value, 6) for value in moments(lambda v: v, 2.0)]
     [2.0, 1.0]
@@ -34,7 +34,7 @@ def moments(phi: Phi, q: float) -> tuple[float, float]:
 
 
 def fixed_point(phi: Phi, s_w2: float, s_b2: float, steps: int = 100_000, tolerance: float = 1e-14) -> float:
-    """The variance q* at which pre-activations settle, from q = 1.
+    """Return the variance q* at which pre-activations settle, from q = 1.
 
     Raises:
         ConfigError: they do not settle.
@@ -51,10 +51,10 @@ def fixed_point(phi: Phi, s_w2: float, s_b2: float, steps: int = 100_000, tolera
 
 
 def critical(phi: Phi, bias_std: float) -> tuple[float, float]:
-    """Weight scale and bias scale (s_w, s_b) at which chi = 1.
+    """Return the weight scale and bias scale (s_w, s_b) at which chi = 1.
 
     Where the slope does not depend on the scale (ReLU, LeakyReLU, |x|), there are no biases: with them variances would grow
-    with depth for ever.
+    with depth without bound.
 
     Raises:
         ConfigError: no scale of the weights does it with biases of this scale.

@@ -15,14 +15,14 @@ CHUNK = 2**22
 
 
 def mirror(weight: Tensor, noise: Tensor) -> Tensor:
-    """`y x^T / batch` with `y = W x`, for unit-variance noise (batch, fan_in): an unbiased estimate of the weight."""
+    """Return `y x^T / batch` with `y = W x`, for unit-variance noise (batch, fan_in): an unbiased estimate of the weight."""
     rows = weight.flatten(1)
     return ((noise @ rows.T).T @ noise / len(noise)).view_as(weight)
 
 
 @torch.no_grad()
 def mirrored(weight: Tensor, per_input: int, generator: torch.Generator | None = None) -> Tensor:
-    """Mean of `y x^T` over `per_input` Gaussian vectors x for every input, of the shape of the weight (n_out, n_in, ...).
+    """Return the mean of `y x^T` over `per_input` Gaussian vectors x per input, of the weight's shape (n_out, n_in, ...).
 
     Its angle to W is about `arctan sqrt((n_in + 1) / vectors)`: 9 degrees at 40 vectors per input.
     """

@@ -11,7 +11,7 @@ FACTORS = {"_saved_mat2": -1, "_saved_batch2": -1, "_saved_self": -2, "_saved_ma
 
 @torch.no_grad()  # layers inside may keep notes, which are asked for no derivative of derivatives
 def is_turned(weight: Tensor, outputs: Iterable[Tensor]) -> bool:
-    """Whether a weight is multiplied as (n_in, n_out) in all products on the way to the outputs that show it.
+    """Return whether a weight is multiplied as (n_in, n_out) in all products on the way to the outputs that show it.
 
     >>> weight, x, y = (torch.randn(*shape, requires_grad=True) for shape in ((3, 3), (2, 3), (2, 3)))
     >>> is_turned(weight, [x @ weight]), is_turned(weight, [torch.nn.functional.linear(y, weight)])

@@ -1,6 +1,6 @@
 """Models with several outputs: dictionaries, tuples and lists of tensors, some of which the loss reads.
 
-The output error of such a model is that of all outputs that the loss reads, side by side: each of them learns by its own
+The output error of such a model is that of all outputs that the loss reads, side by side: each output learns from its own
 error, and hidden units hear all.
 """
 
@@ -17,19 +17,19 @@ from apical.errors import UnsupportedModelError
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Tensors of real numbers in an output, in order."""
+    """Return the tensors of real numbers in an output, in order."""
     if type(output) is Tensor:
         return [output] if output.is_floating_point() else []
     return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def parts(name: str, output: Any) -> list[tuple[str, Tensor]]:
-    """Tensors of real numbers that a layer returns, by name: the first has the layer's."""
+    """Return the real tensors that a layer returns, with their names: the first has the layer's name."""
     return [(f"{name}:{number}" if number else name, part) for number, part in enumerate(tensors(output))]
 
 
 def detached(output: Any) -> Any:
-    """The same values without a graph; a compiled graph, which does not return two views of one tensor, copies them."""
+    """Return the values without a graph; a compiled graph copies them, as it does not return two views of one tensor."""
     copies = torch.compiler.is_compiling()
 
     def values(leaf: Any) -> Any:
@@ -41,7 +41,7 @@ def detached(output: Any) -> Any:
 
 
 def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False) -> tuple[Tensor, list[Tensor | None]]:
-    """Loss and the error at each tensor of :func:`tensors`, see :func:`apical.core.losses.output_error`.
+    """Return the loss and the error at each tensor of :func:`tensors`, see :func:`apical.core.losses.output_error`.
 
     The error is None where the loss does not read the tensor.
     """
@@ -57,7 +57,7 @@ def output_errors(loss: Loss, output: Any, targets: Any, *, traced: bool = False
 
 
 def side_by_side(errors: list[Tensor], axes: list[int]) -> Tensor:
-    """(batch, *places, all outputs) from errors whose outputs are on `axes`; where places differ, their sums.
+    """Return (batch, *places, all outputs) from errors whose outputs are on `axes`; where places differ, their sums.
 
     Raises:
         UnsupportedModelError: the numbers of rows differ.

@@ -40,7 +40,7 @@ class OutsideUse(TorchFunctionMode):
         self.calls: dict[Node, str] = {}  # of layers, by what made their output
 
     def call_layer(self, site: Any, *args: Any, **kwargs: Any) -> Any:
-        """The rule's own, during which nothing is outside."""
+        """Call the layer under the rule; what it uses within is not outside."""
         from apical.core.graph import lasting  # at the first batch alone
 
         self.inside += 1
@@ -103,7 +103,7 @@ class _Plainly:
 
 
 def fault_of(rule: Any, inputs: Tensor) -> str:
-    """What :class:`OutsideUse` refuses of a model, or "": by a pass without the rule, for graphs that are being compiled.
+    """Return what :class:`OutsideUse` refuses of a model, or "", from a pass without the rule; for graphs being compiled.
 
     The compiler calls it when it makes a graph, and not when it runs one.
     """

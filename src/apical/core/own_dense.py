@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a module of a user's maps `h` to `weight h + bias`, with these two parameters and whatever numbers in them.
+    """Return whether a user's module maps `h` to `weight h + bias` with these two parameters, whatever their values.
 
     >>> class Linear(nn.Module):
     ...     def __init__(self, n_in, n_out):
@@ -43,4 +43,4 @@ def is_dense(module: nn.Module) -> bool:
             wanted = [F.linear(h, kept["weight"], kept.get("bias")) for h in inputs]
             return all(torch.allclose(twin(h), y, rtol=1e-2, atol=1e-2) for h, y in zip(inputs, wanted, strict=True))
     except Exception:
-        return False  # whatever it is made for, it is not this
+        return False  # it cannot be called as a dense layer

@@ -54,11 +54,11 @@ class Part:
         return {"weight": held[self.parameter]} if self.parameter in held else {}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weight."""
+        """Return the weight."""
         yield "weight", self.weight
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The weight."""
+        """Return the weight."""
         yield self.weight
 
 
@@ -66,7 +66,7 @@ GEOMETRIES[Part] = dense
 
 
 def caller(layer: Any) -> nn.Module:
-    """The module whose call applies the layer's weight: the layer itself, but for a part."""
+    """Return the module whose call applies the layer's weight: the layer itself, but for a part."""
     module: nn.Module = layer.owner if isinstance(layer, Part) else layer
     return module
 
@@ -91,7 +91,7 @@ def refuse_compiled(rule: str, names: Collection[str]) -> None:
 
 
 def row_blocks(layer: Any) -> int:
-    """How many populations the rows of a layer's weight are."""
+    """Return how many populations the rows of a layer's weight are."""
     return layer.blocks if isinstance(layer, Part) else 1
 
 
@@ -103,7 +103,7 @@ def xavier_(tensor: Tensor, layer: Any, generator: torch.Generator | None = None
 
 
 def parts_of(module: nn.Module) -> dict[str, Part]:
-    """The weights of a packed module, by their names within it.
+    """Return the weights of a packed module, by their names within it.
 
     >>> {name: part.blocks for name, part in parts_of(nn.MultiheadAttention(4, 2)).items()}
     {'in_proj': 3, 'out_proj': 1}
@@ -133,7 +133,7 @@ def parts_of(module: nn.Module) -> dict[str, Part]:
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """Names of the parameters that a packed module itself may have; any other was added."""
+    """Return the names of the parameters that a packed module itself may have; any other was added."""
     if isinstance(module, nn.MultiheadAttention):
         return [*(f"{kind}_proj_weight" for kind in ("in", "q", "k", "v")), "in_proj_bias", "bias_k", "bias_v"]
     if isinstance(module, RNNBase):
@@ -142,7 +142,7 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 
 def full_name(owner: str, part: str) -> str:
-    """Name of a part in a model.
+    """Return the name of a part in a model.
 
     >>> full_name("blocks.0.attn", "in_proj"), full_name("", "weight_ih_l0")
     ('blocks.0.attn.in_proj', 'weight_ih_l0')
@@ -151,7 +151,7 @@ def full_name(owner: str, part: str) -> str:
 
 
 def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
-    """Parameters of a user's modules that shall be led by feedback where their module uses them, by full name.
+    """Return the parameters of a user's modules that get feedback where their module uses them, by full name.
 
     Raises:
         ConfigError: no such parameter, or not a matrix.
@@ -175,5 +175,5 @@ def own_parts(model: nn.Module, sites: Collection[str]) -> dict[str, Part]:
 
 
 def block_of(compute: Callable[..., Tensor], block: int, blocks: int, shape: Geometry | None, *tensors: Tensor) -> Tensor:
-    """A block of rows of a feedback weight."""
+    """Return a block of rows of a feedback weight."""
     return compute(shape, *tensors).chunk(blocks)[block]

@@ -40,7 +40,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
         self._made: dict[str, Tensor] = {}
 
     def over(self, weights: Iterable[tuple[str, Tensor]]) -> "PackedSwap":
-        """Itself, for one call with these weights."""
+        """Return itself, for one call with these weights."""
         self.met, self._made, self._weights = set(), {}, []
         for name, weight in weights:
             begin = weight.storage_offset()
@@ -48,7 +48,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def pack(self, saved: Tensor) -> Any:
-        """A note for a view of a weight; (the tensor, its version) for anything else."""
+        """Return a note for a view of a weight; (the tensor, its version) for anything else."""
         storage, first = saved.untyped_storage()._cdata, saved.storage_offset()
         shared = False
         for its, begin, end, name, weight in self._weights:
@@ -62,7 +62,7 @@ class PackedSwap(torch.autograd.graph.saved_tensors_hooks):
         return saved, saved._version
 
     def unpack(self, packed: Any) -> Tensor:
-        """The view of the feedback, or the tensor that was kept, unless it was changed since."""
+        """Return the view of the feedback, or the tensor that was kept, unless it was changed since."""
         if not isinstance(packed, View):
             saved, version = packed
             _require_version(saved, version)
@@ -89,7 +89,7 @@ def _require_version(tensor: Tensor, version: int) -> None:
 
 
 def _laid_out(feedback: Tensor, weight: Tensor) -> Tensor:
-    """The feedback with the weight's type, device and strides."""
+    """Return the feedback with the weight's type, device and strides."""
     feedback = feedback.detach()
     if feedback.dtype != weight.dtype or feedback.device != weight.device:
         feedback = feedback.to(weight)

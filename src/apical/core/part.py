@@ -49,10 +49,10 @@ class Separable(Protocol):
     """A rule whose parts can learn at the same time."""
 
     def chain(self, input_shape: Sequence[int]) -> tuple[list[nn.Module], list[Block]]:
-        """What stands before the first block, and the blocks, for inputs (batch, *input_shape)."""
+        """Return what precedes the first block, and the blocks, for inputs (batch, *input_shape)."""
 
     def learn_part(self, part: Part, inputs: Tensor, targets: Tensor) -> tuple[list[Root], Tensor | None]:
-        """What the blocks of a part learn from a batch, and the loss where it is the last part.
+        """Return what the blocks of a part learn from a batch, and the loss where it is the last part.
 
         Args:
             part: which blocks.
@@ -125,7 +125,7 @@ ELEMENTWISE = 100
 
 
 def work(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> list[int]:
-    """About how long each block takes, in multiplications."""
+    """Return about how long each block takes, in multiplications."""
     found, h = [], through(head, inputs)
     for block in row:
         behind = block.modules.index(block.layer) + 1
@@ -136,7 +136,7 @@ def work(head: Sequence[nn.Module], row: Sequence[Block], inputs: Tensor) -> lis
 
 
 def divided(costs: Sequence[int], workers: int, split: Sequence[int] | None = None) -> list[range]:
-    """Indices of neighbours for each worker, of whom the busiest has as little work as can be; or `split`.
+    """Return the indices of neighbours for each worker, of whom the busiest has as little work as can be; or `split`.
 
     >>> divided([200, 65, 65, 65, 2], 2), divided([200, 65, 65, 65, 2], 2, [3, 2])
     ([range(0, 1), range(1, 5)], [range(0, 3), range(3, 5)])

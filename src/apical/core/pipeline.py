@@ -175,7 +175,7 @@ class Pipeline:
             raise
 
     def _end(self, number: int, worker: Worker) -> str:
-        """Why a process ended; empty if it did not, or was told to."""
+        """Return why a process ended; empty if it did not, or was told to."""
         code, why = worker.process.exitcode, ""
         try:
             if worker.reports.poll():

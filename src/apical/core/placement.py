@@ -66,7 +66,7 @@ class Placement(tuple[Row, ...]):
     __repr__ = __str__
 
     def path(self, layer: str) -> str:
-        """What the error of one layer passes through.
+        """Return what the error of one layer passes through.
 
         Raises:
             KeyError: no such row.
@@ -77,7 +77,7 @@ class Placement(tuple[Row, ...]):
         raise KeyError(layer)
 
     def layers(self) -> str:
-        """Names of the modules by path, in a line.
+        """Return the names of the modules by path, in a line.
 
         >>> Placement([Row("0", "Linear", (5, 4), "exact"), Row("2", "Linear", (5, 5), "exact")]).layers()
         'exact: 0, 2'
@@ -88,7 +88,7 @@ class Placement(tuple[Row, ...]):
         return "; ".join(f"{path}: {', '.join(names)}" for path, names in paths.items())
 
     def summary(self) -> str:
-        """How many modules have which path, in a line.
+        """Return how many modules have which path, in a line.
 
         >>> Placement([Row("0", "Linear", (5, 4), "cut at '1'"), Row("2", "Linear", (5, 5), "cut at '3'")]).summary()
         '2 cut'
@@ -97,7 +97,7 @@ class Placement(tuple[Row, ...]):
 
 
 def path_summary(paths: Iterable[str]) -> str:
-    """How many paths there are of each kind, whatever module they name.
+    """Return how many paths there are of each kind, whatever module they name.
 
     >>> path_summary(["cut at '1'", "cut at '3'", "exact"])
     '2 cut, 1 exact'
@@ -107,7 +107,7 @@ def path_summary(paths: Iterable[str]) -> str:
 
 
 def place(model: nn.Module, paths: Mapping[str, str]) -> Placement:
-    """The table of a model, given the paths of its weighted layers; other modules with parameters are exact and local."""
+    """Return a model's table from the paths of its weighted layers; other modules with parameters are exact and local."""
     rows = []
     modules = _modules(model)
     parts: dict[str, dict[str, None]] = {}  # of modules with several weights
@@ -135,7 +135,7 @@ def require_whole(model: nn.Module) -> None:
 
 
 def layer_paths(model: nn.Module, inputs: Any, path: str, exact: Collection[str] = ()) -> dict[str, str]:
-    """`path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
+    """Return `path` for every weighted layer, except where a layer is frozen, or where the output does not depend on it.
 
     Layers named in `exact` have the path "exact" in its place.
 
@@ -152,7 +152,7 @@ def layer_paths(model: nn.Module, inputs: Any, path: str, exact: Collection[str]
 
 
 def _reached(model: nn.Module, parameters: list[nn.Parameter], inputs: Any) -> set[int]:
-    """Ids of the parameters that the output depends on: as the modules are now or, failing that, in evaluation."""
+    """Return ids of the parameters that the output depends on: as the modules are now or, failing that, in evaluation."""
     reached: set[int] = set()
     for mode in (None, False):
         with torch.enable_grad(), undisturbed(model):
@@ -170,7 +170,7 @@ def _reached(model: nn.Module, parameters: list[nn.Parameter], inputs: Any) -> s
 
 
 def _tensors(output: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors in an output of any kind, also in objects of a user's."""
+    """Return the tensors in an output of any kind, also in objects of a user's."""
     if isinstance(output, Tensor):
         yield output
     elif not isinstance(output, type | nn.Module | str) and id(output) not in seen:
@@ -192,7 +192,7 @@ def _modules(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, nn.Parame
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of a module by name, the weight first; those of a parametrisation count as the module's."""
+    """Return the parameters of a module by name, the weight first; those of a parametrisation count as the module's."""
     own = dict(module.named_parameters(recurse=False))
     if "parametrizations" in module._modules:
         own |= dict(module.get_submodule("parametrizations").named_parameters())

@@ -42,7 +42,7 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 
 
 def _functions() -> tuple[object, ...]:
-    """The modules' forward methods and module calls, which other code may have replaced."""
+    """Return the modules' forward methods and module calls, which other code may have replaced."""
     return F.linear, F.relu, torch.tanh, torch.sigmoid, nn.Module.__call__
 
 
@@ -72,7 +72,7 @@ class ByHand(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, stages: Sequence[Stage], senders: Sequence[Sender], watched: bool, *parameters: Tensor | None
     ) -> Tensor:
-        """The output (batch, n_out) for x (batch, n_in); see :meth:`PlainChain.run`."""
+        """Return the output (batch, n_out) for x (batch, n_in); see :meth:`PlainChain.run`."""
         ctx.stages, ctx.senders = stages, senders
         read = [x, *parameters[2::2]] if watched else [x]  # by autograd: the rest it does not need, or we alone hold it
         ctx.versions = [(tensor, cast(Tensor, tensor)._version) for tensor in read]
@@ -86,7 +86,7 @@ class ByHand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the parameters that are asked for; layers' inputs are let go of on the way down."""
+        """Return the gradients of the parameters that are asked for; layers' inputs are freed on the way down."""
         refuse_second_derivatives()
         inputs, needed, keeps = ctx.inputs, ctx.needs_input_grad[4:], _keeps_graph()
         if not inputs:
@@ -151,7 +151,7 @@ class PlainChain:
         return _none, ()
 
     def _read(self, named: list[tuple[str, nn.Module]]) -> list[Stage]:
-        """The stages of modules in order; none where they are in another."""
+        """Return the stages of modules in order; none if the modules run in another order."""
         if named and isinstance(named[0][1], nn.Flatten):
             self._flatten = cast(nn.Flatten, named.pop(0)[1])
         stages: list[Stage] = []
@@ -165,7 +165,7 @@ class PlainChain:
         return stages
 
     def _is_intact(self) -> bool:
-        """Whether modules, their classes and forward methods are unchanged and have no other hooks."""
+        """Return whether modules, their classes and forward methods are unchanged and have no other hooks."""
         for module, own, kind, forward in self._modules:
             if own["_backward_hooks"] or own["_backward_pre_hooks"] or own.get("forward") is not forward:
                 return False
@@ -179,7 +179,7 @@ class PlainChain:
         return all([*now.values()] == then for now, then in self._children)
 
     def _takes(self, inputs: object) -> bool:
-        """Whether these are numbers (batch, ...) for the first layer, and no more than that."""
+        """Return whether the input is one real tensor (batch, ...) for the first layer."""
         if type(inputs) is not Tensor or inputs.requires_grad or inputs.is_nested or inputs.layout is not torch.strided:
             return False
         axes, flatten = inputs.dim(), self._flatten
@@ -190,7 +190,7 @@ class PlainChain:
         return flatten is None or (flatten.start_dim == 1 and flatten.end_dim == -1)
 
     def parameters(self, rule: CreditRule, inputs: object) -> list[Parameter | None] | None:
-        """Weight and bias of each layer in turn, where the rule can make a pass for these inputs by hand now; else None."""
+        """Return weight and bias of each layer in turn if the rule can process these inputs by hand now; else None."""
         if not (SEES_HOOKS and self.stages and torch.is_grad_enabled() and self._takes(inputs) and self._is_intact()):
             return None
         if not WAYS.isdisjoint(rule.__dict__) or _ways(rule) != self._ways:
@@ -211,7 +211,7 @@ class PlainChain:
         return parameters if len(weights) == len(self._own) else None
 
     def run(self, inputs: Tensor, parameters: list[Parameter | None], senders: Sequence[Sender], watched: bool) -> Tensor:
-        """The model's output (batch, n_out).
+        """Return the model's output (batch, n_out).
 
         Args:
             inputs: (batch, ...).
@@ -223,13 +223,13 @@ class PlainChain:
         return cast(Tensor, cast(Any, ByHand).apply(x, self.stages, senders, watched, *parameters))
 
     def note(self, rule: CreditRule, targets: object) -> bool:
-        """Whether the rule may process batches with such targets by hand: the general path has seen them before."""
+        """Return whether the rule may process batches with such targets by hand: the general path has seen them before."""
         self.loss, self.numbers = rule.loss, isinstance(targets, Tensor) and targets.is_floating_point()
         met = any(loss is self.loss and numbers is self.numbers for loss, numbers in rule._kinds)
         return bool(self.stages) and met and rule._unmoved < 0
 
     def credit(self, rule: Any, inputs: object, targets: object) -> Credit | None:
-        """A rule's credit for one batch in a pass by hand, whatever is looked at on the general path; else None.
+        """Return a rule's credit for one batch in a pass by hand, whatever is looked at on the general path; else None.
 
         The rule's `senders_by_hand(inputs)` says how errors go down in this batch, or None for the general path. Where the
         loss raises an error or is not finite, that path meets it once more, and says why.
@@ -259,13 +259,13 @@ class PlainChain:
 
 
 def _ways(rule: CreditRule) -> list[object]:
-    """The methods of its class, as they are now."""
+    """Return the methods of its class, as they are now."""
     kind = type(rule)
     return [getattr(kind, way, None) for way in WAYS]
 
 
 def _is_ours(rule: CreditRule) -> bool:
-    """Whether class and methods are this package's: of what others put in their place a pass by hand knows nothing."""
+    """Return whether class and methods are this package's: a pass by hand knows nothing of what may replace them."""
     owners = [kind.__module__ for kind in type(rule).__mro__]
     # where a function was written: `functools.wraps` copies the name of its module
     owners += [getattr(way, "__globals__", {}).get("__name__", "") for way in _ways(rule) if way is not None]
@@ -273,4 +273,4 @@ def _is_ours(rule: CreditRule) -> bool:
 
 
 def _none() -> None:
-    """What a copy of a chain is."""
+    """Return what a copy of a chain is."""

@@ -9,7 +9,7 @@ from apical.errors import ConfigError
 class SoftmaxPool2d(nn.Module):
     """Mean of each window, weighted by the softmax of its values (Laborieux & Zenke 2022, arXiv 2209.00530).
 
-    Windows lie side by side; what does not fill one is left out, as in max-pooling, which a large sharpness comes near.
+    Windows do not overlap and incomplete ones are dropped, as in max-pooling, which a large sharpness approaches.
 
     Args:
         kernel_size: side of a window.
@@ -32,7 +32,7 @@ class SoftmaxPool2d(nn.Module):
         self.kernel_size, self.sharpness = kernel_size, sharpness
 
     def forward(self, v: Tensor) -> Tensor:
-        """(batch, channels, height, width), real or complex."""
+        """Return (batch, channels, height, width), real or complex."""
         size = self.kernel_size
         windows = v.unfold(2, size, size).unfold(3, size, size).flatten(4)
         sharp = self.sharpness * windows
@@ -43,7 +43,7 @@ class SoftmaxPool2d(nn.Module):
         return (weights * windows).sum(-1) / weights.sum(-1)
 
     def extra_repr(self) -> str:
-        """Options, as printed."""
+        """Return the options, as printed."""
         return f"kernel_size={self.kernel_size}, sharpness={self.sharpness:g}"
 
 

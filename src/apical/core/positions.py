@@ -18,7 +18,7 @@ from apical.errors import UnsupportedModelError
 
 
 def class_axis(output: Tensor, targets: object, convolution: bool) -> int:
-    """Axis of the output that holds classes or numbers, 1 or -1; the others are batch and places.
+    """Return the axis of the output that holds classes or numbers, 1 or -1; the others are batch and places.
 
     Class indices leave one axis of the output over, the second as PyTorch's losses have it or the last. Numbers: the second
     behind a convolution, else the last.
@@ -33,7 +33,7 @@ def class_axis(output: Tensor, targets: object, convolution: bool) -> int:
 
 
 def ordered(values: Tensor, axis: int) -> Tensor:
-    """(batch, *places, outputs) from values whose outputs are on `axis`."""
+    """Return (batch, *places, outputs) from values whose outputs are on `axis`."""
     return values.movedim(axis, -1) if values.dim() > 1 else values.unsqueeze(-1)
 
 
@@ -69,7 +69,7 @@ def _astray(cut: Cut, rows: int) -> UnsupportedModelError:
 
 
 def is_routed(errors: Tensor, cut: Cut) -> bool:
-    """Whether samples must be looked up by the unit's rows, because rows or places of the answer do not tell them."""
+    """Return whether samples must be looked up by the unit's rows, because rows or places of the answer do not tell them."""
     if cut.rows is None and cut.answers is None:
         return False
     shape, rows = _places(cut), list(errors.shape[:-1])
@@ -91,29 +91,29 @@ def neurons(errors: Tensor, cut: Cut) -> int:
 
 
 def _places(cut: Cut) -> list[int]:
-    """The sizes of a unit's axes but for its channels'."""
+    """Return the sizes of a unit's axes but for its channels'."""
     return [size for axis, size in enumerate(cut.shape) if axis != cut.before or len(cut.shape) == 1]
 
 
 def _are_turned(shape: list[int], rows: list[int]) -> bool:
-    """Whether the unit has the answer's places, but for its first two axes, which are the other way round."""
+    """Return whether the unit has the answer's places, but for its first two axes, which are the other way round."""
     return len(rows) > 1 and shape[: len(rows)] == [rows[1], rows[0], *rows[2:]]
 
 
 def _leading(cut: Cut, shape: list[int], rows: list[int]) -> int:
-    """How many of the unit's axes (all, or some before its channels) have as many places as the answer; 0 if none have."""
+    """Return how many of the unit's axes (all, or some before its channels) have the answer's number of places, or 0."""
     numbers = {axes: torch.Size(shape[:axes]).numel() for axes in (len(shape), *range(min(cut.before, len(shape)), 0, -1))}
     return next((axes for axes, number in numbers.items() if number == torch.Size(rows).numel()), 0)
 
 
 def _samples(labels: Labels | None, shape: list[int], like: Tensor) -> Tensor:
-    """The sample of each row and place, in their shape."""
+    """Return the sample of each row and place, in their shape."""
     axis, owners = labels if labels is not None else (0, torch.arange(shape[0], dtype=torch.int32, device=like.device))
     return owners.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
 
 
 def routed(values: Tensor, cut: Cut) -> Tensor:
-    """The signal of the unit's shape from values (batch, *places, channels or neurons) by the samples of its rows.
+    """Return the signal of the unit's shape from values (batch, *places, channels or neurons) by the samples of its rows.
 
     Each of the n places and rows that a sample has in the unit receives 1/n of the sum over the sample's answers.
     """
@@ -137,7 +137,7 @@ def routed(values: Tensor, cut: Cut) -> Tensor:
 
 
 def delivered(values: Tensor, cut: Cut, divided: bool = True) -> Tensor:
-    """The signal of the unit's shape from values (batch, *places, channels), divided among further places of the unit.
+    """Return the unit-shaped signal from values (batch, *places, channels), divided among further places of the unit.
 
     In place of a number for each channel there may be one for each of the unit's neurons.
     """

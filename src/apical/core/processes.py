@@ -26,7 +26,7 @@ def alone() -> Iterator[None]:
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum of every process's `value`, in each of them; `value` itself where there is one process.
+    """Return the sum of every process's `value`, in each of them; `value` itself where there is one process.
 
     For what is not linear in the batch, such as the inverse of a Gram matrix: averages of each process's own are another
     thing.
@@ -43,7 +43,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows (n, ...) of every process in order of rank, without gradient; `rows` itself where there is one process.
+    """Return the rows (n, ...) of all processes in order of rank, without gradient; `rows` itself in a single process.
 
     Numbers of rows may differ. For losses that compare the samples of a batch.
     """
@@ -60,17 +60,17 @@ def gathered(rows: Tensor) -> Tensor:
 
 
 def is_parted(tensor: Tensor) -> bool:
-    """Whether each process holds a part of the tensor, as under `fully_shard`."""
+    """Return whether each process holds a part of the tensor, as under `fully_shard`."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, put together from its parts."""
+    """Return the tensor, put together from its parts."""
     return cast(Any, tensor).full_tensor() if is_parted(tensor) else tensor
 
 
 def parted(tensor: Tensor, example: Tensor) -> Tensor:
-    """This process's part of a tensor that all have whole, where `example` is held in parts; else the tensor."""
+    """Return this process's part of a tensor that all processes hold whole, if `example` is in parts; else the tensor."""
     if not is_parted(example):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -88,12 +88,12 @@ def without_diagonal_(matrix: Tensor) -> None:
 
 
 def compressed() -> bool:
-    """Whether the `DistributedDataParallel` that calls hands gradients to a hook (`register_comm_hook`), which may round."""
+    """Return whether the calling `DistributedDataParallel` has a gradient hook (`register_comm_hook`), which may round."""
     return bool(getattr(_active(), "_comm_hooks", ()))
 
 
 def _active() -> DistributedDataParallel | None:
-    """The one whose forward pass is running."""
+    """Return the `DistributedDataParallel` whose forward pass is running; None if there is none."""
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
 

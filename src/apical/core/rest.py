@@ -99,7 +99,7 @@ def kept_attributes(*modules: nn.Module, loss: Callable[..., Any] | None = None,
 
 
 def _own_names(module: nn.Module) -> set[str]:
-    """Attributes of a user's module, but for those that every module has."""
+    """Return the attributes of a user's module, but for those that every module has."""
     return set() if type(module).__module__.startswith("apical.") else module.__dict__.keys() - _EVERY_MODULES - {"forward"}
 
 
@@ -151,7 +151,7 @@ def _tensors(modules: Iterable[nn.Module], parameters: bool) -> list[tuple[Tenso
 
 
 def _generators() -> list[Callable[[], None]]:
-    """What puts the random generators of Python and NumPy back."""
+    """Return a function that restores the random generators of Python and NumPy."""
     state, numpy = random.getstate(), sys.modules.get("numpy")
     if numpy is None:
         return [lambda: random.setstate(state)]
@@ -160,7 +160,7 @@ def _generators() -> list[Callable[[], None]]:
 
 
 def _inner(modules: Iterable[nn.Module], objects: Iterable[Any]) -> tuple[list[Callable[[], None]], list[Tensor]]:
-    """What puts back the states of objects that attributes of a user's modules hold, be it in containers; and tensors."""
+    """Return what restores states of objects and tensors that attributes of a user's modules hold, also in containers."""
     seen, restores, tensors = set[int](), list[Callable[[], None]](), list[Tensor]()
     waiting = [(value, 0) for module in modules for value in _looked_at(module)] + [(value, 0) for value in objects]
     waiting += [(hook, 0) for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
@@ -194,7 +194,7 @@ def _eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _looked_at(module: nn.Module) -> Iterator[Any]:
-    """Attributes of a user's module, its forward method and hooks; of a rule, its loss."""
+    """Return the attributes of a user's module, its forward method and hooks; of a rule, its loss."""
     held, kind = module.__dict__, type(module).__module__
     names = {"loss"} if kind.startswith("apical.") else held.keys() - _EVERY_MODULES
     yield from (held[name] for name in names if name in held)
@@ -205,7 +205,7 @@ def _looked_at(module: nn.Module) -> Iterator[Any]:
 
 
 def _scope(function: FunctionType) -> list[Any]:
-    """What a user's function finds in what encloses it, and among the names of its file."""
+    """Return the values that a user's function reads from enclosing functions and from its file."""
     if (function.__module__ or "").startswith(_OTHERS):
         return []
     inner = [cell.cell_contents for cell in function.__closure__ or () if cell != _EMPTY]
@@ -213,7 +213,7 @@ def _scope(function: FunctionType) -> list[Any]:
 
 
 def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
-    """What puts a value's state back, if it has one that can be kept, and what it holds."""
+    """Return what restores a value's state, if it has one that can be kept, and what it holds."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: (value.set_state(state), None)[1], []
@@ -259,7 +259,7 @@ def _kept(value: Any) -> tuple[Callable[[], None] | None, list[Any]]:
 
 @cache
 def _slots(kind: type) -> list[str]:
-    """Names of what objects of a class keep in `__slots__`; a private name has that of its class in front."""
+    """Return the names of what objects of a class keep in `__slots__`; a private name has that of its class in front."""
     names = []
     for base in kind.__mro__:
         own = base.__dict__.get("__slots__", ())
@@ -270,7 +270,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _kept_numpy(value: Any) -> Callable[[], None] | None:
-    """The same of an array, or a generator, of NumPy."""
+    """Return what restores an array or a random generator of NumPy; None for other values."""
     if hasattr(value, "bit_generator"):
         bits = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", bits)
@@ -281,17 +281,17 @@ def _kept_numpy(value: Any) -> Callable[[], None] | None:
 
 
 def _shallow(value: Any) -> tuple[Any, Any]:
-    """The value, and what it holds where it is a container."""
+    """Return the value, and what it holds where it is a container."""
     return value, _copy(value) if isinstance(value, dict | list | set) else None
 
 
 def _copy(value: Any) -> Any:
-    """What a container holds."""
+    """Return what a container holds."""
     return next(kind(value) for kind in (dict, list, set, deque) if isinstance(value, kind))
 
 
 def _restored(value: Any, content: Any) -> Any:
-    """The value, holding what it held; one that has not changed is not touched, as it may be a type that cannot be."""
+    """Return the value with its former content; one that has not changed is not touched, since its type may forbid it."""
     if content is None or _holds(value, content):
         return value
     if isinstance(value, list):
@@ -303,7 +303,7 @@ def _restored(value: Any, content: Any) -> Any:
 
 
 def _holds(value: Any, content: Any) -> bool:
-    """Whether a container still holds the same objects in the same order."""
+    """Return whether a container still holds the same objects in the same order."""
     if isinstance(value, set):
         return bool(value == content)
     held, before = ([part for item in x.items() for part in item] if isinstance(x, dict) else x for x in (value, content))

@@ -14,13 +14,13 @@ class OneRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, signals: Sequence[Tensor | None], *roots: Tensor) -> Tensor:
-        """The value; roots may be parameters."""
+        """Return the value; roots may be parameters."""
         ctx.save_for_backward(*signals)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """`scale * signal` for each root, multiplied in the wider of the two types."""
+        """Return `scale * signal` for each root, multiplied in the wider of the two types."""
         refuse_second_derivatives()
         return (None, None, *(scale if s is None else _scaled(s, scale) for s in ctx.saved_tensors))
 
@@ -35,13 +35,13 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
-        """Zero."""
+        """Return zero."""
         ctx.save_for_backward(*gradients)
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times `scale`. Times one they are handed over as they are: `.grad` takes them without a copy."""
+        """Return the gradients times `scale`; if it is one, the gradients themselves, which `.grad` takes without a copy."""
         refuse_second_derivatives()
         if not scale.is_cuda and scale.item() == 1.0:
             return (None, *ctx.saved_tensors)
@@ -53,7 +53,7 @@ class NoCreditBehind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
-        """The output; `leaves` are what a backward pass could look for."""
+        """Return the output; `leaves` are what a backward pass could look for."""
         ctx.set_materialize_grads(False)
         return output.detach()
 

@@ -40,7 +40,7 @@ Labels = tuple[int, Tensor]
 
 
 def uncompiled(model: Callable[[Any], Any], inputs: Any) -> Any:
-    """What the model makes of inputs while rows are followed, outside of compiled graphs.
+    """Return the model's output while rows are followed, outside of compiled graphs.
 
     A compiler continues with parts of the model after giving up on the whole, and does not make every call under this mode.
     """
@@ -74,7 +74,7 @@ class Rows(TorchFunctionMode):
                 self.labels[tensor] = (0, _numbers(len(tensor), tensor))
 
     def of(self, tensor: Tensor) -> Labels | None:
-        """Labels of a tensor; None where each row is its own sample, or nothing is known."""
+        """Return the labels of a tensor; None where each row is its own sample, or nothing is known."""
         labels: Labels | None = self.labels.get(tensor)
         if (
             labels is None
@@ -85,7 +85,7 @@ class Rows(TorchFunctionMode):
         return labels
 
     def moves(self, tensor: Tensor, folds: set[int]) -> bool:
-        """Whether samples must be followed; where places are only folded into rows, their number goes to `folds`."""
+        """Return whether samples must be followed; where places are only folded into rows, their number goes to `folds`."""
         labels = self.of(tensor)
         if labels is None:
             return False
@@ -97,7 +97,7 @@ class Rows(TorchFunctionMode):
         return True
 
     def tell(self, cuts: list[Any], output: Any) -> list[Any]:
-        """The cuts with the labels of the output; without any where the output leaves samples out, as no batch does."""
+        """Return the cuts with the labels of the output; without labels if the output omits samples, as no batch does."""
         first = next((leaf for leaf in _tensors(output) if leaf.is_floating_point()), None)
         answers = None if first is None else self.of(first)
         if answers is not None and len(answers[1].unique()) < self.batch:
@@ -160,7 +160,7 @@ class Rows(TorchFunctionMode):
             self.labels[result] = condensed
 
     def _spread(self, value: Any) -> Any:
-        """A tensor's labels in its shape; whatever has no labels as it is, if it is an index, else -1."""
+        """Return a tensor's labels in its shape; whatever has no labels as it is, if it is an index, else -1."""
         if not isinstance(value, Tensor):
             return value
         labels = self.labels.get(value)
@@ -202,12 +202,12 @@ def _numbers(count: int, like: Tensor) -> Tensor:
 
 
 def _is_known(labels: Labels) -> bool:
-    """Whether every row has a sample; those not yet written have -1."""
+    """Return whether every row has a sample; those not yet written have -1."""
     return not labels[1].numel() or int(labels[1].min()) >= 0
 
 
 def _condensed(labels: Tensor) -> Labels | None:
-    """The one axis on which labels differ; None if there are several."""
+    """Return the one axis on which labels differ; None if there are several."""
     if not labels.dim():
         return None
     if not labels.numel():

@@ -37,7 +37,7 @@ class ScaledLinear(nn.Linear):
         return F.linear(h, self.factor * self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Options, as printed."""
+        """Return the options, as printed."""
         return f"{super().extra_repr()}, factor={self.factor:.4g}"
 
 

@@ -57,7 +57,7 @@ class Separation(NamedTuple):
 
 
 def base(name: str) -> str:
-    """A call's name without its number.
+    """Return a call's name without its number.
 
     >>> base("cell.act#3")
     'cell.act'
@@ -66,7 +66,7 @@ def base(name: str) -> str:
 
 
 def first_uses(separation: Separation) -> dict[str, str]:
-    """Units that are used again, as at each step of a recurrent network: for each, the first of its size that they hear.
+    """Return units that are used again, as at each step of a recurrent network: for each, the first input of its size.
 
     An activation module that several layers share makes different units.
     """
@@ -103,7 +103,7 @@ def separate(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], merges: 
 def verify(
     cutting: Cutting, done: Pass, outputs: Iterable[Tensor], patterns: set[Pattern], idle: Collection[str] = ()
 ) -> bool:
-    """Whether errors reach every site of a pass with cuts in a way that was found to be right; `idle` cuts have none."""
+    """Return whether errors reach every site of a pass with cuts in a way known to be right; `idle` cuts have none."""
     if not cutting.beside.issuperset(_beside(cutting, [event.removeprefix("~") for event in done.events])):
         return False
     cuts = [cut for cut in done.cuts if cut.name not in idle]
@@ -126,7 +126,7 @@ def verify(
 
 
 def _beside(cutting: Cutting, events: Iterable[str]) -> set[tuple[str, str]]:
-    """Activations without a unit, each with a layer that was called later: one of another output."""
+    """Return activations without a unit, each with a layer that was called later: one of another output."""
     pairs, tail = set[tuple[str, str]](), list[str]()
     for event in events:
         if event in cutting.tail:
@@ -137,12 +137,12 @@ def _beside(cutting: Cutting, events: Iterable[str]) -> set[tuple[str, str]]:
 
 
 def _are_own(units: list[str], layer: str) -> bool:
-    """Whether all units end at outputs of one call of a layer with several."""
+    """Return whether all units end at outputs of one call of a layer with several."""
     return all(is_part_of(base(unit), layer) for unit in units) and len({unit.partition("#")[2] for unit in units}) == 1
 
 
 def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, str], dict[Vertex, str]]:
-    """Sites in the graph: where activities are multiplied by weights, and where other parameters enter, by name.
+    """Return the sites in the graph: where weights multiply activities, and where other parameters enter, by name.
 
     Weights are multiplied in the calls of layers, or by functions: `F.linear(x, layer.weight)`, `x @ embedding.weight.T`.
     """
@@ -181,7 +181,7 @@ def sites_of(cutting: Cutting, graph: Graph, done: Pass) -> tuple[dict[Vertex, s
 def _inner_products(
     cutting: Cutting, graph: Graph, done: Trace, weighted: dict[Vertex, str], layers: Collection[str]
 ) -> dict[Vertex, str]:
-    """The sites, with those of `layers` at the products in their own forward methods: a unit may end behind one of these.
+    """Return the sites; those of `layers` lie at the products in their own forward methods, behind which a unit may end.
 
     What a layer, or a hook on it, computes behind its product (a scale, an activation) is above the site, so that an error
     that a cut there sends to what lies below the layer is known to pass the weight.
@@ -214,14 +214,14 @@ def _inner_products(
 
 
 def _product(graph: Graph, at: Vertex) -> Vertex:
-    """The product within a plain layer's call, whose output is at `at`."""
+    """Return the product within a plain layer's call, whose output is at `at`."""
     while at[0].name() not in PRODUCTS and graph.children[at]:
         at = graph.children[at][0]
     return at
 
 
 def _storages_of_index(at: Vertex) -> set[Any]:
-    """By which tensors rows were looked up there; they are the model's own where all are in its buffers."""
+    """Return the tensors by which rows were looked up there; they are the model's own where all are in its buffers."""
     try:
         saved = getattr(at[0], "_saved_indices", None)
         saved = getattr(at[0], "_saved_index", None) if saved is None else saved
@@ -232,7 +232,7 @@ def _storages_of_index(at: Vertex) -> set[Any]:
 
 
 def _parameters(cutting: Cutting) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
+    """Return the name of each parameter, and of the layer, or other module with a matrix, that it may be a weight of."""
     owners = {id(p): name for name, layer in cutting.layers.items() for p in layer.parameters() if p.dim() > 1}
     for name, module in cutting.modules.items():
         if is_local(module) and name not in cutting.exact:
@@ -297,14 +297,14 @@ class _Search:
         return {c.name for i, c in activations if not (c.at in below if c.at in graph.children else i < last)}
 
     def _ends(self, call: Call) -> bool:
-        """Whether a unit ends there."""
+        """Return whether a unit ends there."""
         cutting = self.cutting
         if call.kind == "activation":
             return not call.first and call.name not in cutting.tail | cutting.inside
         return call.kind in ("module", "function") and _point(call) in cutting.points
 
     def reached(self) -> Reached:
-        """How errors travel now."""
+        """Return how errors travel now."""
         return self.graph.reach(self.output, self.marks, self.weighted)
 
     def mend(self, sites: Iterable[Vertex], reached: Reached) -> bool:
@@ -329,7 +329,7 @@ class _Search:
         return done
 
     def is_spared(self, site: Vertex) -> bool:
-        """Whether a parameter needs its exact derivative: no unit can end there, so it receives all its units' signals."""
+        """Return whether a parameter needs its exact derivative: no unit can end there, so it receives all their signals."""
         name, exact = self.others.get(site, ""), self.cutting.exact
         return site in self.still and (name in exact or is_inside(name, exact))
 
@@ -350,7 +350,7 @@ class _Search:
         return bool(within)
 
     def refusal(self, site: Vertex, mends: bool) -> UnsupportedModelError:
-        """What is wrong, where, and what to do; `mends` if all was tried that units='auto' does."""
+        """Return what is wrong, where, and what to do; `mends` if all was tried that units='auto' does."""
         if site in self.still:
             still = [at for at in self.sites if at in self.still and not self.is_spared(at) and at in self.weighted]
             names = tuple(dict.fromkeys(self.sites[at] for at in (site, *still)))
@@ -367,7 +367,7 @@ class _Search:
         )
 
     def result(self, reached: Reached) -> Separation:
-        """What was found."""
+        """Return what was found."""
         patterns: set[Pattern] = set()
         paths: dict[str, list[tuple[list[str], str | None]]] = {}
         listeners: dict[str, dict[bool, set[str]]] = {call.name: {True: set(), False: set()} for call in self.marks.values()}
@@ -396,5 +396,5 @@ class _Search:
 
 
 def _point(call: Call) -> str:
-    """Name of a further cut there: modules are cut at every call, functions at one."""
+    """Return the name of a further cut there: modules are cut at every call, functions at one."""
     return call.name if call.kind == "function" else call.base

@@ -21,7 +21,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def ends(cutting: Cutting, trace: Trace, outputs: Iterable[Tensor], kind: str) -> list[str]:
-    """Names of the modules and function calls at whose outputs units end.
+    """Return the names of the modules and function calls at whose outputs units end.
 
     Args:
         cutting: of the model.
@@ -61,7 +61,7 @@ def _is_in(layer: str, module: str) -> bool:
 
 
 def _names(trace: Trace, graph: Graph) -> dict[Vertex, Call]:
-    """A call for each tensor at which a unit could end; of a module that is called once, if there is one."""
+    """Return a call for each tensor at which a unit could end; of a module that is called once, if there is one."""
     calls = [call for call in trace.calls if call.at in graph.children and call.kind != "layer"]
     uses: dict[str, int] = {}
     for call in calls:

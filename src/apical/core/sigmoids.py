@@ -31,7 +31,7 @@ class HalfClip(nn.Module):
 
 
 def complex_shifted_sigmoid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of `sigma(4 z - 2)` at z = a + ib, by real functions, which are faster.
+    """Return the real and imaginary parts of `sigma(4 z - 2)` at z = a + ib, by real functions, which are faster.
 
     With T = tanh(2a - 1) and t = tan(2b): `1/2 + (T (1 + t^2) + i t (1 - T^2)) / (2 + 2 T^2 t^2)`.
 

@@ -29,13 +29,13 @@ class TeachingSignal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, teacher: Teacher, index: int) -> Tensor:
-        """Zero; the unit's output is not kept."""
+        """Return zero; the unit's output is not kept."""
         ctx.teacher, ctx.index = teacher, index
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        """The signal, made now."""
+        """Return the signal, made now."""
         refuse_second_derivatives()
         return ctx.teacher.signal(ctx.index, scale), None, None
 
@@ -45,13 +45,13 @@ class HandedOn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, hear: Callable[[Tensor], None], *roots: Tensor) -> Tensor:
-        """The output; `roots` are scalars of :class:`TeachingSignal`."""
+        """Return the output; `roots` are scalars of :class:`TeachingSignal`."""
         ctx.hear = hear
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
-        """The error itself, and 1 for every root."""
+        """Return the error itself, and 1 for every root."""
         ctx.hear(error)
         one = error.new_ones(())
         return (error, None, *(one if needed else None for needed in ctx.needs_input_grad[2:]))
@@ -81,7 +81,7 @@ class Cut(NamedTuple):
     reader: str = ""
 
     def bare(self) -> "Cut":
-        """The same without the graph, for what the graph itself keeps."""
+        """Return the same without the graph, for what the graph itself keeps."""
         return Cut(self.root.detach(), *self[1:])
 
     @property
@@ -101,7 +101,7 @@ class Cut(NamedTuple):
 
 
 def channels_axis(shape: torch.Size, layer: nn.Module | None, at_inputs: bool, rows: Labels | None) -> int:
-    """The channels' axis of a unit: that of the last layer's outputs, if it can be told by their number.
+    """Return the channels' axis of a unit: that of the last layer's outputs, if it can be told by their number.
 
     Args:
         shape: of the unit.

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414), 0 to 1; NaN where a population is constant.
+    """Return linear centred kernel alignment (Kornblith et al., arXiv 1905.00414), 0 to 1; NaN if a population is constant.
 
     `|Yc^T Xc|^2 / (|Xc^T Xc| |Yc^T Yc|)` in Frobenius norms, by the samples' Gram matrices where those are smaller.
 

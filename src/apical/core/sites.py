@@ -89,14 +89,14 @@ class Site:
                     self.plain, self.within = True, Within(self.name, self.layer, self.forward, self.swap.feedback)
 
     def follow(self, substitutes: Collection[str]) -> None:
-        """Where something stood in for the weight: a hook may have given it other data, which are the weight's then."""
+        """Follow a substitute of the weight: a hook may have given it other data, which are the weight's then."""
         own = self.own.get("weight") if substitutes and not torch.compiler.is_compiling() else None
         if own is not None and self.weight is not None and self.weight.data_ptr() != own.data_ptr():
             own.data = self.weight.data
 
 
 def graph_leaves(loss: Tensor) -> set[int]:
-    """Identities of the tensors whose gradient the graph of `loss` leads to."""
+    """Return the identities of the tensors whose gradient the graph of `loss` leads to."""
     leaves, seen, stack = set(), set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
@@ -110,7 +110,7 @@ def graph_leaves(loss: Tensor) -> set[int]:
 
 
 def trains_before(model: nn.Module, layers: Mapping[str, Any]) -> bool:
-    """Whether trainable parameters are registered before those of the first layer, or next to it in a user's module."""
+    """Return whether trainable parameters are registered before the first layer's, or next to it in a user's module."""
     first = next(iter(layers.values()))
     module = caller(first)
     users = {layer.owner for layer in layers.values() if isinstance(layer, Part) and not is_packed(layer.owner)}
@@ -127,7 +127,7 @@ def trains_before(model: nn.Module, layers: Mapping[str, Any]) -> bool:
 
 
 def only_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer that was called with keyword arguments alone."""
+    """Return the input of a layer that was called with keyword arguments alone."""
     tensors = [value for value in kwargs.values() if isinstance(value, Tensor)]
     if args:
         raise UnsupportedModelError(
@@ -141,12 +141,12 @@ def only_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ten
 def of_input(
     forward: Callable[..., Any], inputs: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Tensor], Any]:
-    """The call as a function of the input alone."""
+    """Return the call as a function of the input alone."""
     if args:
         return lambda x: forward(x, *args[1:], **kwargs)
     return lambda x: forward(**{key: x if value is inputs else value for key, value in kwargs.items()})
 
 
 def options_of(layer: nn.Module) -> dict[str, Any]:
-    """A layer's attributes that are flags, numbers or words."""
+    """Return a layer's attributes that are flags, numbers or words."""
     return {name: value for name, value in layer.__dict__.items() if isinstance(value, bool | int | float | str)}

@@ -35,7 +35,7 @@ def require_patches(name: str, layer: nn.Module) -> None:
 
 
 def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What the layer's matrix acts on, (m, fan_in): samples of dense layers, also at every place; patches of convolutions.
+    """Return what the layer's matrix acts on, (m, fan_in): samples of dense layers, at every place; patches of convolutions.
 
     Args:
         layer: Linear, Conv1d or Conv2d.
@@ -55,7 +55,7 @@ def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """A^T A (n, n)."""
+    """Return A^T A (n, n)."""
     return rows.T @ rows
 
 
@@ -65,13 +65,13 @@ def strength(power: Tensor, n: int, damping: float) -> Tensor:
 
 
 def solved(gradient: Tensor, product: Tensor, lam: Tensor) -> Tensor:
-    """`G (A^T A + lam I)^-1` for G (n_out, n), from A^T A."""
+    """Return `G (A^T A + lam I)^-1` for G (n_out, n), from A^T A."""
     factor = _factor(_shifted(product, lam))
     return torch.cholesky_solve(gradient.T, factor).T
 
 
 def solved_by_rows(gradient: Tensor, rows: Tensor, lam: Tensor) -> Tensor:
-    """The same from A (m, n), for a gradient `G = D^T A` and m < n: `D^T (A A^T + lam I)^-1 A`, with no rounding left
+    """Return the same from A (m, n), for a gradient `G = D^T A` and m < n: `D^T (A A^T + lam I)^-1 A`, with no rounding left
     outside the span of the rows.
     """
     product = rows @ rows.T
@@ -97,7 +97,7 @@ def _factor(matrix: Tensor) -> Tensor:
 
 
 def off_span(gradient: Tensor, rows: Tensor) -> float:
-    """Share of G (n_out, n) that no errors D make of these inputs, `|G - G A^+ A| / |G|`; 0 where G is 0."""
+    """Return the share of G (n_out, n) that no errors D make of these inputs, `|G - G A^+ A| / |G|`; 0 where G is 0."""
     size = gradient.norm()
     if size == 0:
         return 0.0
@@ -112,20 +112,20 @@ def errors_of(gradient: Tensor, rows: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of two tensors as vectors."""
+    """Return the cosine of two tensors as vectors."""
     sizes = a.norm() * b.norm()
     return float(torch.where(sizes > 0, (a * b).sum() / sizes, 0.0))
 
 
 def stacked(rows: Sequence[Tensor], weight: bool, bias: bool) -> Tensor:
-    """A in float64 from the inputs of one or several calls: their rows, and ones for the bias, as far as each is trained."""
+    """Return A in float64 from the inputs of one or more calls: their rows, and ones for the bias, if these are trained."""
     every = torch.cat([each.detach().double() for each in rows])
     ones = every.new_ones(len(every), 1)
     return torch.cat([*([every] if weight else []), *([ones] if bias else [])], 1)
 
 
 def proximal(a: Tensor, d: Tensor, lam: Tensor) -> Tensor:
-    """`D^T A (A^T A + lam I)^-1` (n_out, n) in the type of A, for inputs A (m, n), errors D (m, n_out), all processes."""
+    """Return `D^T A (A^T A + lam I)^-1` (n_out, n) in A's type, for inputs A (m, n), errors D (m, n_out), all processes."""
     wide, errors = a.double(), d.double()
     if len(a) < a.shape[1] and not distributed():  # D^T (A A^T + lam I)^-1 A
         factor = _factor(_shifted(wide @ wide.T, lam.double()))

@@ -56,7 +56,7 @@ def sort(t: Tensor) -> Sorted:
 
 
 def spike_times(t: Tensor, weight: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Times (batch, m) and slopes S (batch, m) at them; infinity and 1 of silent neurons.
+    """Return the times (batch, m) and slopes S (batch, m) at them; infinity and 1 of silent neurons.
 
     Args:
         t: input times (batch, n); infinity for silent inputs.
@@ -76,7 +76,7 @@ def spike_times(t: Tensor, weight: Tensor, theta: float) -> tuple[Tensor, Tensor
 
 
 def spike_gradients(t: Tensor, out: Tensor, slope: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of input times (batch, n) and weights (m, n), of g (batch, m) by the times `out`.
+    """Return the gradients of input times (batch, n) and weights (m, n), of g (batch, m) by the times `out`.
 
     Args:
         t: input times.
@@ -100,7 +100,7 @@ class SpikeTimes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, weight: Tensor, theta: float, floor: float, feedback: Tensor | None = None) -> Tensor:
-        """(batch, n) and (m, n) -> (batch, m)."""
+        """Return the times (batch, m) for inputs (batch, n) and weights (m, n)."""
         parts = [spike_times(part, weight, theta) for part in t.split(_rows(t, weight))]
         out, slope = (torch.cat([part[k] for part in parts]) for k in range(2))
         ctx.save_for_backward(t, weight if feedback is None else feedback, out, slope.clamp_min(floor))
@@ -109,7 +109,7 @@ class SpikeTimes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Of times and weights."""
+        """Return the gradients of times and weights."""
         t, weight, out, slope = ctx.saved_tensors
         rows = _rows(t, weight)
         parts = zip(*(each.split(rows) for each in (t, out, slope, g)), strict=True)
@@ -157,11 +157,11 @@ class SpikingLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Weights of mean 3 theta / active and deviation 0.8 theta / sqrt(active), with which most neurons fire."""
+        """Draw weights of mean 3 theta / active and deviation 0.8 theta / sqrt(active), with which most neurons fire."""
         nn.init.normal_(self.weight, 3 * self.theta / self.active, 0.8 * self.theta / self.active**0.5)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Times of the neurons for those of the inputs.
+        """Return the times of the neurons for those of the inputs.
 
         Raises:
             ConfigError: no (batch, in_features).
@@ -175,7 +175,7 @@ class SpikingLinear(nn.Linear):
         return result
 
     def extra_repr(self) -> str:
-        """Sizes and threshold."""
+        """Return the sizes and threshold."""
         return f"in_features={self.in_features}, out_features={self.out_features}, theta={self.theta}"
 
 
@@ -208,7 +208,7 @@ class Readout(nn.Module):
         self.latest, self.scale = latest, scale
 
     def forward(self, t: Tensor) -> Tensor:
-        """(batch, K) -> (batch, K)."""
+        """Return logits (batch, K) of times (batch, K)."""
         return -self.scale * t.clamp_max(self.latest)
 
 

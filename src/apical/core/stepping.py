@@ -69,7 +69,7 @@ def _concerned(optimizer: Optimizer) -> list[Observer]:
 
 
 def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that a step which is compiled calls as it is, with all that it calls."""
+    """Return a hook that a compiled step calls uncompiled, with all that it calls."""
     disabled: list[Callable[..., Any]] = []
 
     def outside(*args: Any) -> Any:
@@ -101,7 +101,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _told_after(closure: Callable[[], Any], optimizer: Optimizer, observers: list[Observer]) -> Callable[[], Any]:
-    """The user's closure, after whose first call gradients are there."""
+    """Return the user's closure, after whose first call gradients are there."""
     told = False
 
     def wrapped() -> Any:
@@ -123,12 +123,12 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def signature(optimizer: Optimizer) -> Signature:
-    """The optimiser's groups and the parameters that each holds, to see whether any were added, removed or replaced."""
+    """Return the optimiser's groups and their parameters, to see whether any were added, removed or replaced."""
     return [(group, [*group["params"]]) for group in optimizer.param_groups]
 
 
 def unchanged(optimizer: Optimizer, before: Signature) -> bool:
-    """Whether the optimiser still has the groups and the parameters of `before`."""
+    """Return whether the optimiser still has the groups and the parameters of `before`."""
     groups = optimizer.param_groups
     return len(groups) == len(before) and all(
         group is old and len(group["params"]) == len(held) and all(map(is_, group["params"], held))
@@ -137,24 +137,24 @@ def unchanged(optimizer: Optimizer, before: Signature) -> bool:
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
-    """Whether hooks of others run within its step, which may change gradients or weights unseen."""
+    """Return whether hooks of others run within its step, which may change gradients or weights unseen."""
     everywhere = len(hooks._global_optimizer_pre_hooks) + len(hooks._global_optimizer_post_hooks) > len(_handles)
     return everywhere or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def is_compiled() -> bool:
-    """Whether the step under way is one that `torch.compile` runs, which reads every parameter as it likes."""
+    """Return whether the step under way is one that `torch.compile` runs, which reads every parameter as it likes."""
     return _compiles[0]
 
 
 def skipped(optimizer: Optimizer) -> bool:
-    """Whether a `GradScaler` found infinities and a fused step left everything as it was."""
+    """Return whether a `GradScaler` found infinities and a fused step left everything as it was."""
     infinities: Tensor | None = getattr(optimizer, "found_inf", None)
     return infinities is not None and bool(infinities.sum() > 0)
 
 
 def distributed() -> bool:
-    """Whether several processes train together."""
+    """Return whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -187,7 +187,7 @@ class Arrival:
         self._sample: Tensor | None = None
 
     def __call__(self, weight: Tensor) -> None:
-        """Called by autograd once the gradient of one backward pass has been added."""
+        """Note a gradient; autograd calls this once that of a backward pass has been added."""
         self.fresh, self.lost = True, self.lost or self.waits
         self.arrived += 1
         if weight._version != self._version or not self.rests(weight):
@@ -203,16 +203,16 @@ class Arrival:
             later(partial(later, partial(self._note, weight)))
 
     def stepped(self) -> None:
-        """An optimiser takes a step."""
+        """Note that an optimiser takes a step."""
         self.moves, self.arrived, self._weight = 0, 0, None
         self.watched = self.foreign = self._unknown = self.waits = self.lost = False
 
     def rests(self, weight: Tensor) -> bool:
-        """Whether a weight is where the last gradient found it, as far as that is known."""
+        """Return whether a weight is where the last gradient found it, as far as that is known."""
         return self._weight is None or torch.equal(self._weight, strided(weight))
 
     def watch(self) -> None:
-        """From here on every gradient of the rule is announced; one that has arrived before is another's."""
+        """Expect every gradient of the rule to be announced from here on; one that has arrived before is another's."""
         if not self.watched:
             self.watched, self.foreign = True, self._unknown
 
@@ -242,7 +242,7 @@ class Arrival:
         self._sample = _product(gradient) if self.sampled and gradient.device.type == "cpu" else None
 
     def untouched(self, gradient: Tensor) -> bool:
-        """Whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
+        """Return whether `gradient` is the one that arrived, up to a power of two by which a `GradScaler` divides."""
         if self.mark != (gradient.data_ptr(), gradient._version):
             return not (self.fresh or bool(gradient.any()))  # zeros are its own unless they replace what has arrived
         if self._sample is None:
@@ -266,38 +266,38 @@ class Noted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The gradient itself."""
+        """Return the gradient itself."""
         ctx.arrival.expect(ctx.weight, gradient)
         return gradient, None
 
 
 def noted(weight: Tensor, arrival: Arrival) -> Tensor:
-    """`weight`, whose gradient in what follows `arrival` can tell from others."""
+    """Return `weight`; `arrival` can tell its gradient from here on from others."""
     arrival.watch()
     result: Tensor = cast(Any, Noted).apply(weight, arrival)
     return result
 
 
 def _spread(tensor: Tensor) -> Tensor:
-    """About 64 elements in the order of the indices, however the tensor lies in memory."""
+    """Return about 64 elements in the order of the indices, whatever the layout in memory."""
     flat = _own_part(tensor.detach()).reshape(-1)
     return flat[:: max(1, flat.numel() // 64)]
 
 
 def _product(tensor: Tensor) -> Tensor:
-    """The fingerprint of what this process holds of a tensor, which no counter of multiply-adds takes for the rule's."""
+    """Return the fingerprint of this process's part of a tensor; counters of multiply-adds do not see it."""
     own = _own_part(tensor.detach())
     rows = own.flatten(1) if own.dim() > 1 else own.reshape(1, -1)
     return (rows * direction(own)).sum(1)
 
 
 def _own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that `fully_shard` has parted."""
+    """Return this process's part of a tensor that `fully_shard` has parted."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """About 64 elements of a dense tensor, as a view of it."""
+    """Return about 64 elements of a dense tensor, as a view of it."""
     flat = _own_part(tensor.detach())
     if not flat.is_contiguous():
         flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
@@ -306,13 +306,13 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 def direction(tensor: Tensor) -> Tensor:
-    """The fixed vector of :func:`fingerprint`, for tensors of this shape."""
+    """Return the fixed vector of :func:`fingerprint`, for tensors of this shape."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     columns = math.prod(tensor.shape[1:]) if tensor.dim() > 1 else tensor.numel()
     return torch.arange(1, columns + 1, dtype=dtype, device=tensor.device).sin_()
 
 
 def fingerprint(tensor: Tensor, direction: Tensor) -> Tensor:
-    """One number of each row, its product with a fixed vector, which tells a change of any value or a swap of some."""
+    """Return each row's product with a fixed vector, which tells a change of any value or a swap of some."""
     rows = tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().reshape(1, -1)
     return rows.to(direction.dtype) @ direction

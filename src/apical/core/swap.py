@@ -30,12 +30,12 @@ class Swap(saved_tensors_hooks):
         self._own = layer._parameters
 
     def _weight(self) -> Tensor:
-        """The layer's weight; attributes of modules take a microsecond, which matters for small layers."""
+        """Return the layer's weight; attributes of modules take a microsecond, which matters for small layers."""
         weight = self._own.get("weight")
         return self.layer.weight if weight is None else weight
 
     def pack(self, saved: Tensor) -> Any:
-        """(the tensor or what makes the feedback, is it transposed, version)."""
+        """Return (the tensor or what makes the feedback, is it transposed, version)."""
         weight = self._weight()
         if saved.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             return saved, False, saved._version
@@ -47,11 +47,11 @@ class Swap(saved_tensors_hooks):
         return self.feedback(), transposed, weight._version
 
     def is_given(self, inputs: Tensor) -> bool:
-        """Whether the layer's input is its weight, or a part of it, too; which is which cannot be told then."""
+        """Return whether the layer's input is its weight, or a part of it, too; which is which cannot be told then."""
         return bool(inputs.untyped_storage()._cdata == self._weight().untyped_storage()._cdata)
 
     def unpack(self, packed: tuple[Tensor | Callable[[], Tensor], bool, int]) -> Tensor:
-        """The feedback weight, or the tensor that was kept, unless it was changed since."""
+        """Return the feedback weight, or the tensor that was kept, unless it was changed since."""
         saved, transposed, version = packed
         weight = saved if isinstance(saved, Tensor) else self._weight()
         if weight._version != version:

@@ -1,4 +1,4 @@
-"""A weight whose gradient also makes that of a second parameter, the plastic feedback of Kolen-Pollack and PFA."""
+"""A weight whose gradient also gives that of a second parameter, the plastic feedback of Kolen-Pollack and PFA."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -23,7 +23,7 @@ class WeightTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of the weight, and of the plastic feedback."""
+        """Return the gradient of the weight, and of the plastic feedback."""
         shared = ctx.share(grad, ctx.geometry, *ctx.saved_tensors)
         return (grad, shared, None, None, *(None for _ in ctx.saved_tensors))
 
@@ -31,6 +31,6 @@ class WeightTap(torch.autograd.Function):
 def weight_tap(
     weight: Tensor, plastic: Tensor, share: Callable[..., Tensor], shape: Geometry | None, *tensors: Tensor
 ) -> Tensor:
-    """`weight`, whose gradient will also make that of `plastic`: `share(gradient, shape, *tensors)`."""
+    """Return `weight`; its backward pass also gives `plastic` the gradient `share(gradient, shape, *tensors)`."""
     result: Tensor = cast(Any, WeightTap).apply(weight, plastic, share, shape, *tensors)
     return result

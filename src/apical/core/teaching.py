@@ -72,7 +72,7 @@ class Taught:
             return Activity(through(self.modules, given))
 
     def _is_closed(self, given: Tensor) -> bool:
-        """Whether the layer's gradients for this input are known without autograd: to be asked at every call.
+        """Return whether the layer's gradients for this input are known without autograd: to be asked at every call.
 
         The layer must run its type's own forward, without hooks, on its own weight.
         """
@@ -83,7 +83,7 @@ class Taught:
         return "weight" in self.layer._parameters and computes_plainly(self.layer) and not is_hooked(self.layer)
 
     def _formulas(self) -> Activation | None:
-        """What is known of the activation, where it acts on each neuron alone and does no more than its own forward."""
+        """Return what is known of the activation if it acts on each neuron alone and does no more than its own forward."""
         phi = self.activation
         if phi is None:
             return _NONE

@@ -29,7 +29,7 @@ class Geometry(NamedTuple):
 
 
 def geometry(layer: nn.Module) -> Geometry | None:
-    """Geometry of the layer's backward map; None for dense layers, which need none.
+    """Return the geometry of the layer's backward map; None for dense layers, which need none.
 
     Raises:
         UnsupportedModelError: no map is known for this type; :func:`apical.register_layer` makes others known.
@@ -41,12 +41,12 @@ def geometry(layer: nn.Module) -> Geometry | None:
 
 
 def geometry_of_type(kind: type) -> Callable[[Any], Geometry | None] | None:
-    """What makes the geometry of layers of a type: that of the nearest type it derives from; None where none is known."""
+    """Return the function for the geometry of a type of layers: that of its nearest known base; None if none is known."""
     return next((GEOMETRIES[parent] for parent in kind.__mro__ if parent in GEOMETRIES), None)
 
 
 def dense(layer: nn.Module) -> Geometry | None:
-    """Of a dense layer: none."""
+    """Return None: a dense layer needs no geometry."""
     return None
 
 
@@ -69,7 +69,7 @@ def _symmetric_padding(layer: _ConvNd) -> tuple[int, ...]:
 
 
 def pads_itself(layer: nn.Module) -> bool:
-    """Whether the layer pads by something other than symmetric zeros."""
+    """Return whether the layer pads by something other than symmetric zeros."""
     if not isinstance(layer, _ConvNd):
         return False
     if layer.padding_mode != "zeros":
@@ -79,7 +79,7 @@ def pads_itself(layer: nn.Module) -> bool:
 
 
 def padded_input(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The tensor the layer's linear map really acts on: padded here when the padding is uneven or not zeros.
+    """Return the tensor the layer's linear map really acts on: padded here when the padding is uneven or not zeros.
 
     The padding is part of autograd's graph, so what :func:`transport` delivers flows through it to the true input.
     """
@@ -90,7 +90,7 @@ def padded_input(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def transport(shape: Geometry | None, delta: Tensor, weight: Tensor, template: Tensor) -> Tensor:
-    """`K^T delta`: error at the layer's (padded) input, of the shape of `template`, from `delta` at its output.
+    """Return `K^T delta`: error at the layer's (padded) input, of the shape of `template`, from `delta` at its output.
 
     `weight` is K, laid out as the layer's own weight; dense layers take any number of leading dimensions. `weight` is
     cast to the dtype of `delta` (which differs under autocast). `template` is only read for its shape, but CPU kernels copy
@@ -127,7 +127,7 @@ def _convolution_backward(
 
 
 def as_matrix(shape: Geometry | None, weight: Tensor) -> Tensor:
-    """The weight as a matrix (n_out, fan_in): one row per output channel, whatever the layer's own layout."""
+    """Return the weight as a matrix (n_out, fan_in): one row per output channel, whatever the layer's own layout."""
     if shape is None:
         return weight
     if not shape.transposed:
@@ -138,7 +138,7 @@ def as_matrix(shape: Geometry | None, weight: Tensor) -> Tensor:
 
 
 def from_matrix(shape: Geometry | None, matrix: Tensor, weight: Tensor) -> Tensor:
-    """Inverse of :func:`as_matrix` for the layout of `weight` (the number of output channels may differ)."""
+    """Return the inverse of :func:`as_matrix` for the layout of `weight` (the number of output channels may differ)."""
     if shape is None:
         return matrix
     if not shape.transposed:
@@ -157,12 +157,12 @@ tensor or None. `template` has the shape of the input; it is None when the error
 
 
 def stored(shape: Geometry | None, feedback: Tensor) -> Tensor:
-    """The plainest feedback weight: a stored one."""
+    """Return the plainest feedback weight: a stored one."""
     return feedback
 
 
 def sent(feedback: Feedback, delta: Tensor, error: Tensor) -> Tensor:
-    """`delta` (batch, n_out) times a dense layer's feedback weight."""
+    """Return `delta` (batch, n_out) times a dense layer's feedback weight."""
     compute, tensors = feedback
     weight = compute(None, *tensors)
     if weight.dtype is not delta.dtype or weight.device != delta.device:  # the model was moved without the rule

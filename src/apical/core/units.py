@@ -16,7 +16,7 @@ TAKEN = frozenset({*dir(nn.ParameterDict), *dir(nn.ModuleDict)})
 
 
 def key(name: str) -> str:
-    """Module name as a key of a buffer or submodule: dots are not allowed there, and the root has no name.
+    """Return the module name as a key of a buffer or submodule: dots are not allowed there, and the root has no name.
 
     >>> key("layer1.0.conv1"), key(""), key("values")
     ('layer1/0/conv1', 'model', 'values/')
@@ -32,7 +32,7 @@ def weighted_layers(
     packed: Literal["refused", "parts", "whole"] = "refused",
     sites: Collection[str] | None = (),
 ) -> dict[str, Layer]:
-    """All weighted layers of the model by name, in registration order.
+    """Return all weighted layers of the model by name, in registration order.
 
     Parameters of a parametrisation, and of other modules inside a weighted layer, belong to that layer.
 
@@ -107,7 +107,7 @@ def weighted_layers(
 
 
 def _own_sites(model: nn.Module, sites: Collection[str] | None) -> dict[str, Layer]:
-    """What a rule knows of parameters of a user's modules."""
+    """Return what a rule knows of parameters of a user's modules."""
     if not sites:
         return {}
     from apical.core.packed import own_parts
@@ -124,7 +124,7 @@ def _is_exact(name: str, exact: Collection[str] | None) -> bool:
 
 
 def _belonging(layer: nn.Module) -> set[nn.Module]:
-    """The modules inside a layer that are a part of it: parametrisations, and others but for layers of known kind.
+    """Return the modules inside a layer that are a part of it: parametrisations, and others but for layers of known kind.
 
     Everything inside a layer of a registered type belongs to it.
     """
@@ -135,7 +135,7 @@ def _belonging(layer: nn.Module) -> set[nn.Module]:
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that compute, by name: layers and activations with whatever is inside them, and others without children."""
+    """Return modules that compute, by name: layers and activations with all that is in them, and others without children."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
@@ -215,7 +215,7 @@ class Found:
             )
 
     def _now(self) -> dict[str, nn.Module]:
-        """What computes with parameters that the rule has to do with, or is an activation that it looks at."""
+        """Return the modules that compute with parameters the rule handles, or are activations that it looks at."""
         return {
             name: module
             for name, module in leaves(self.model)
@@ -224,7 +224,7 @@ class Found:
         }
 
     def _containers(self) -> list[tuple[dict[str, nn.Module | None], list[nn.Module | None], bool]]:
-        """The children of all other modules, as they are held and as they are; and whether a compiler may look at them.
+        """Return the children of all other modules, as held and as they are, and whether a compiler may look at them.
 
         A layer may get parts (parametrisations). PyTorch compiles no recurrent modules.
         """
@@ -234,7 +234,7 @@ class Found:
 
 
 def _are(held: Mapping[str, nn.Module | None], children: list[nn.Module | None]) -> bool:
-    """Whether a module holds these children; in words that a compiler follows and guards."""
+    """Return whether a module holds these children; in words that a compiler follows and guards."""
     return len(held) == len(children) and all(a is b for a, b in zip(held.values(), children, strict=True))
 
 

@@ -41,7 +41,7 @@ class Within:
         self.swap = PackedSwap(lambda _: feedback())
 
     def __call__(self, call: Callable[[], Any], inputs: Tensor) -> Any:
-        """The layer's forward pass on these inputs.
+        """Run the layer's forward pass on these inputs.
 
         Raises:
             UnsupportedModelError: inside a checkpoint, or where error passes by another way than the weight by now.
@@ -94,7 +94,7 @@ def works_around(layer: Layer, call: Callable[[Tensor], Any]) -> bool:
 
 
 def reads_own_weight(name: str, layer: nn.Module) -> bool:
-    """Whether the weight that a layer's units have is its own as it is, since its forward does more around the product.
+    """Return whether the layer's units have its weight unchanged: its forward method does more around the product.
 
     Of all other layers it is that of an affine map, see :func:`apical.core.effective.measured_weight`.
 
@@ -113,7 +113,7 @@ def reads_own_weight(name: str, layer: nn.Module) -> bool:
 
 
 def _answers_by_rows(layer: Layer) -> bool:
-    """Whether a dense layer has as many outputs as rows in its weight."""
+    """Return whether a dense layer has as many outputs as rows in its weight."""
     around = inputs_for(layer)[:2]
     with unchanged(layer, around.device), torch.no_grad():
         for inputs in (around, around.unsqueeze(1).expand(-1, 3, -1)) if geometry(layer) is None else ():
@@ -123,7 +123,7 @@ def _answers_by_rows(layer: Layer) -> bool:
 
 
 def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tensor | None = None) -> bool:
-    """Whether all error at a layer's input passes through its weight as it is.
+    """Return whether all error at a layer's input passes through its weight as it is.
 
     Tried on noise, with noise in everything the layer holds besides its weight: a path that is zero at first counts.
 
@@ -161,7 +161,7 @@ def weight_stands_alone(layer: Layer, call: Callable[[Tensor], Any], near: Tenso
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers from 0.5 to 1.5, so that variances and divisors stay what they are."""
+    """Return numbers from 0.5 to 1.5, so that variances and divisors stay what they are."""
     return torch.rand(like.shape, generator=generator, device="cpu").add_(0.5).to(like)
 
 

@@ -103,21 +103,21 @@ class WrappedRule(CreditRule):
         self.rule.require_attached()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Credit:
-        """The wrapped rule's credit."""
+        """Return the wrapped rule's credit."""
         self.require_attached()
         credit: Credit = self.rule(inputs, targets)
         return credit
 
     def answer(self, inputs: Tensor) -> Tensor:
-        """The wrapped rule's answer."""
+        """Return the wrapped rule's answer."""
         return self.rule.answer(inputs)
 
     def constrain_(self) -> None:
-        """The wrapped rule's constraints."""
+        """Apply the wrapped rule's constraints."""
         self.rule.constrain_()
 
     def restart(self) -> None:
-        """The wrapped rule forgets the batch."""
+        """Let the wrapped rule forget the batch."""
         self.rule.restart()
 
     @property
@@ -126,23 +126,23 @@ class WrappedRule(CreditRule):
         return self.rule.remarks
 
     def feedback_weights(self) -> dict[str, Tensor]:
-        """The wrapped rule's feedback."""
+        """Return the wrapped rule's feedback."""
         return self.rule.feedback_weights()
 
     def feedback_parameters(self) -> list[nn.Parameter]:
-        """The wrapped rule's feedback parameters."""
+        """Return the wrapped rule's feedback parameters."""
         return self.rule.feedback_parameters()
 
     def credit_paths(self, inputs: Tensor) -> dict[str, str]:
-        """The wrapped rule's paths: a wrapper changes sizes of errors and updates, not where they come from."""
+        """Return the wrapped rule's paths: a wrapper changes sizes of errors and updates, not where they come from."""
         return self.rule.credit_paths(inputs)
 
     def measures(self, probe: Batch, test: Sequence[Batch]) -> Measures:
-        """What the wrapped rule measures of itself."""
+        """Return what the wrapped rule measures of itself."""
         return self.rule.measures(probe, test)
 
     def panels(self, probe: Batch) -> Sequence[Panel]:
-        """Figures of the wrapped rule."""
+        """Return the figures of the wrapped rule."""
         return self.rule.panels(probe)
 
     def detach(self) -> nn.Module:
@@ -151,7 +151,7 @@ class WrappedRule(CreditRule):
         return self.rule.detach()
 
     def tapped(self, taps: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Credit:
-        """The wrapped rule's credit, with tensors in place of parameters of the model while it is called.
+        """Return the wrapped rule's credit, with tensors in place of parameters of the model while it is called.
 
         Args:
             taps: by the parameter's name in the model.
@@ -177,7 +177,7 @@ class LayerHook:
         self.rule, self.name, self.method = weakref.ref(rule), name, method
 
     def __call__(self, layer: nn.Module, *args: Any) -> Any:
-        """What the method returns."""
+        """Return what the method returns."""
         rule = self.rule()
         return None if rule is None else self.method(rule, self.name, layer, *args)
 
@@ -194,14 +194,14 @@ def _no_hook() -> Callable[..., None]:
 
 
 def innermost(rule: CreditRule) -> CreditRule:
-    """The rule that is no wrapper."""
+    """Return the rule that is no wrapper."""
     while isinstance(rule, WrappedRule):
         rule = rule.rule
     return rule
 
 
 def _model_prefix(rule: CreditRule) -> str:
-    """What the names of the model's parameters begin with among the rule's."""
+    """Return the prefix that the model's parameters have among the rule's."""
     return INNER + _model_prefix(rule.rule) if isinstance(rule, WrappedRule) else "model."
 
 
@@ -230,7 +230,7 @@ class Gain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
-        """`gain * delta`."""
+        """Return `gain * delta`."""
         refuse_second_derivatives()
         (gain,) = ctx.saved_tensors
         return delta * gain.to(delta.dtype), None
@@ -241,14 +241,14 @@ class RowGain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, gain: Tensor, shape: Geometry | None) -> Tensor:
-        """The parameter: a weight of the layout of `shape`, or a bias (n,); `gain` is (n,)."""
+        """Return the parameter: a weight of the layout of `shape`, or a bias (n,); `gain` is (n,)."""
         ctx.save_for_backward(gain)
         ctx.geometry = shape
         return parameter.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Each row of the gradient times its gain."""
+        """Return each row of the gradient times its gain."""
         refuse_second_derivatives()
         (gain,) = ctx.saved_tensors
         gain = gain.to(gradient.dtype)
@@ -259,13 +259,13 @@ class RowGain(torch.autograd.Function):
 
 
 def gain_on(output: Tensor, gain: Tensor) -> Tensor:
-    """`output`, whose error will be multiplied by `gain`."""
+    """Return `output`, whose error will be multiplied by `gain`."""
     result: Tensor = cast(Any, Gain).apply(output, gain)
     return result
 
 
 def row_gain(parameter: Tensor, gain: Tensor, shape: Geometry | None) -> Tensor:
-    """`parameter`, whose gradient's rows will be multiplied by `gain`."""
+    """Return `parameter`, whose gradient's rows will be multiplied by `gain`."""
     result: Tensor = cast(Any, RowGain).apply(parameter, gain, shape)
     return result
 
@@ -279,18 +279,18 @@ class SolveTap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, solve: Solve, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """The parameters."""
+        """Return the parameters."""
         ctx.solve = solve
         return tuple(parameter.detach() for parameter in parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """`solve` of the gradients; a missing one is zero."""
+        """Return `solve` of the gradients; a missing one is zero."""
         refuse_second_derivatives()
         return (None, *ctx.solve(*gradients))
 
 
 def solve_taps(solve: Solve, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parameters; the backward pass calls `solve` with their gradients, once."""
+    """Return the parameters; the backward pass calls `solve` with their gradients, once."""
     result: tuple[Tensor, ...] = cast(Any, SolveTap).apply(solve, *parameters)
     return result

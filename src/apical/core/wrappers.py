@@ -26,7 +26,7 @@ COMPILES = torch.__version__ >= "2.13"
 
 
 def outside_graphs(rule: "CreditRule", *args: Any, **kwargs: Any) -> Any:
-    """A rule's call that the compiler has met, in eager mode; with a warning."""
+    """Return the result of a rule's call that the compiler has met, in eager mode; with a warning."""
     warnings.warn(
         f"PyTorch {torch.__version__} cannot compile rules: {type(rule).__name__} runs uncompiled; update PyTorch to 2.13 "
         "or newer, or leave torch.compile out",
@@ -64,7 +64,7 @@ _TURNS: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()
 
 
 def turn(model: nn.Module) -> Turn:
-    """The turns of all rules of one model."""
+    """Return the turns of all rules of one model."""
     return _TURNS.setdefault(model, Turn())
 
 
@@ -107,13 +107,13 @@ def refuse_wrapped(model: object) -> None:
 
 
 def _sharders() -> tuple[type, ...]:
-    """Classes of modules whose parameters are shared out, if anybody has imported them."""
+    """Return the classes of modules whose parameters are shared out, if they have been imported."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` has compiled the model or a part of it: as a module, in place, or one of its methods.
+    """Return whether `torch.compile` has compiled the model or a part of it: as a module, in place, or one of its methods.
 
     >>> is_compiled(torch.compile(nn.Linear(2, 2))), is_compiled(nn.Linear(2, 2))
     (True, False)
@@ -130,7 +130,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def compiled_function(model: nn.Module) -> str | None:
-    """Name of a function that `torch.compile` has compiled, not one of PyTorch's, and that a model calls.
+    """Return the name of a function that `torch.compile` has compiled, not one of PyTorch's, and that a model calls.
 
     It is looked for in collections that modules hold, and among the variables of their methods and of the functions that
     these name.
@@ -160,7 +160,7 @@ def compiled_function(model: nn.Module) -> str | None:
 
 
 def _named(function: Callable[..., Any]) -> list[object]:
-    """What a function's code names among its variables, and among the attributes of modules of Python."""
+    """Return what a function's code names among its variables, and among the attributes of Python's modules."""
     names = getclosurevars(function)
     values = [*names.globals.values(), *names.nonlocals.values()]
     modules = [value for value in values if isinstance(value, ModuleType) and not value.__name__.startswith("torch")]
@@ -168,7 +168,7 @@ def _named(function: Callable[..., Any]) -> list[object]:
 
 
 def uncompiles(rule: "CreditRule", model: nn.Module) -> bool:
-    """Whether a rule must run its model uncompiled; warns when that begins."""
+    """Return whether a rule must run its model uncompiled; warns when that begins."""
     if not ((rule.sees_layers or rule.attention != "exact") and is_compiled(model)):
         return False
     if not rule._uncompiles:
