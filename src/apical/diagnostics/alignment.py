@@ -19,7 +19,7 @@ from apical.core.wrapped import innermost
 
 
 def angle(a: Tensor, b: Tensor) -> float:
-    """Angle in degrees between two tensors of equal shape, seen as vectors; NaN if either is zero.
+    """Return the angle in degrees between two tensors of equal shape, seen as vectors; NaN if either is zero.
 
     >>> round(angle(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 4)
     45.0
@@ -31,13 +31,13 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 
 def norm_ratio(a: Tensor, b: Tensor) -> float:
-    """`|a| / |b|` (Frobenius); NaN if b is zero."""
+    """Return `|a| / |b|` (Frobenius); NaN if b is zero."""
     size = b.detach().double().norm()
     return float(a.detach().double().norm() / size) if size > 0 else float("nan")
 
 
 def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
-    """Angle and norm ratio of each layer's effective feedback weight to the weight it computes with.
+    """Return angle and norm ratio of each layer's effective feedback weight to the weight it computes with.
 
     For product feedback alignment this is the path alignment of arXiv 2405.20594, for the others the weight alignment.
     """
@@ -55,7 +55,7 @@ def layer_alignment(rule: CreditRule) -> dict[str, dict[str, float]]:
 
 
 def _weight(name: str, module: Any) -> Tensor:
-    """The weight that the module computes with."""
+    """Return the weight that the module computes with."""
     is_layer = isinstance(module, nn.Module) and is_weighted(module)
     weight = measured_weight(module) if is_layer and not reads_own_weight(name, module) else module.weight
     assert isinstance(weight, Tensor)
@@ -63,7 +63,7 @@ def _weight(name: str, module: Any) -> Tensor:
 
 
 def gradient_alignment(rule: CreditRule, inputs: Tensor, targets: Tensor) -> dict[str, dict[str, float]]:
-    """Angle and norm ratio of the rule's weight gradients to backpropagation's, at the same weights and batch.
+    """Return angle and norm ratio of the rule's weight gradients to backpropagation's, at the same weights and batch.
 
     Args:
         rule: any rule; both gradients are taken in training mode.
@@ -110,7 +110,7 @@ def gradients(
 
 
 def _sources(rule: CreditRule) -> dict[str, list[Tensor]]:
-    """The weight of each layer by name, or the parameters that a weight is computed from; and the rule's other sites."""
+    """Return each layer's weight by name, or the parameters that it is computed from; and the rule's other sites."""
     sources: dict[str, list[Tensor]] = {}
     for name, module in rule.model.named_modules():
         if is_weighted(module):
@@ -124,7 +124,7 @@ def _sources(rule: CreditRule) -> dict[str, list[Tensor]]:
 
 
 def _by_layer(sources: Mapping[str, list[Tensor]], gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """The gradient of each layer that has one; a vector where its weight is computed from several parameters."""
+    """Return the gradient of each layer that has one; a vector where its weight is computed from several parameters."""
     layers = {name: [gradients[id(p)] for p in layer if id(p) in gradients] for name, layer in sources.items()}
     return {
         name: parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])

@@ -28,7 +28,7 @@ Where = Literal["every", "end"]
 
 
 def singular_values(jacobians: Tensor) -> Tensor:
-    """Of each Jacobian (samples, outputs, inputs), from large to small: (samples, min(outputs, inputs)).
+    """Return the singular values of Jacobians (samples, outputs, inputs): (samples, min(outputs, inputs)), falling.
 
     Those that rounding makes of zero are zero.
     """
@@ -38,7 +38,7 @@ def singular_values(jacobians: Tensor) -> Tensor:
 
 
 def information(jacobian: Tensor, covariance: Tensor | None, noise: Tensor) -> Tensor:
-    """`1/2 log det(1 + N^-1 J S J^T)` in nats, of each sample.
+    """Return `1/2 log det(1 + N^-1 J S J^T)` in nats, of each sample.
 
     Args:
         jacobian: (..., outputs, inputs).
@@ -62,7 +62,7 @@ def within_budget(jacobian: Tensor) -> Tensor:
 
 
 def capacity(outputs: int, noise: float, variance: float = 1.0) -> float:
-    """`n/2 log(1 + variance/s^2)`: the most nats that n outputs within the power budget can hold of the input.
+    """Return `n/2 log(1 + variance/s^2)`: the most nats that n outputs within the power budget can hold of the input.
 
     Args:
         outputs: n.
@@ -99,7 +99,7 @@ class Channel:
 def channel(
     model: nn.Module, inputs: Tensor, noise: float = 0.1, where: Where = "end", covariance: Tensor | None = None
 ) -> Channel:
-    """The model in evaluation mode and in float64, linearised at each input.
+    """Return the model in evaluation mode and in float64, linearised at each input.
 
     Args:
         model: any network whose output is one tensor and whose samples do not mix; it is only read.
@@ -145,7 +145,7 @@ def channel(
 
 
 def jacobians(model: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Jacobians of each sample's output: in its input, and in the output of every weighted layer but the last.
+    """Return Jacobians of each sample's output: in its input, and in the output of every weighted layer but the last.
 
     Returns:
         (samples, outputs, inputs) and, for each call of a layer but the output's own, (samples, outputs, units); in float64.

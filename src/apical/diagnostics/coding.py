@@ -27,14 +27,14 @@ NOISE = 0.1
 
 
 def covariance_spectrum(activities: Tensor) -> Tensor:
-    """Eigenvalues of the covariance of activities (samples, units), from large to small: (units,), in float64."""
+    """Return the eigenvalues of the covariance of activities (samples, units), from large to small: (units,), in float64."""
     centred = activities.double() - activities.double().mean(0)
     values: Tensor = torch.linalg.eigvalsh(centred.mT @ centred / len(centred)).clamp(min=0)
     return values.flip(0)
 
 
 def gaussian_entropy(spectrum: Tensor, noise: float = NOISE) -> float:
-    """Nats of a Gaussian code with a covariance of this spectrum (units,), scaled to a mean variance of 1.
+    """Return the nats of a Gaussian code with a covariance of this spectrum (units,), scaled to a mean variance of 1.
 
     White activities have the most: the log is concave.
     """
@@ -43,7 +43,7 @@ def gaussian_entropy(spectrum: Tensor, noise: float = NOISE) -> float:
 
 
 def marginal_entropy(activities: Tensor, bins: int = 32) -> float:
-    """Nats of each unit's histogram over its own range, summed over units; activities are (samples, units)."""
+    """Return the nats of each unit's histogram over its own range, summed over units; activities are (samples, units)."""
     low, high = activities.amin(0), activities.amax(0)
     width = torch.where(high > low, high - low, 1)
     places = ((activities - low) / width * bins).long().clamp(max=bins - 1)
@@ -52,7 +52,7 @@ def marginal_entropy(activities: Tensor, bins: int = 32) -> float:
 
 
 def participation_ratio(spectrum: Tensor) -> float:
-    """How many dimensions hold the variance: n for a white code, 1 for one of rank one, 0 for a silent one.
+    """Return how many dimensions hold the variance: n for a white code, 1 for one of rank one, 0 for a silent one.
 
     >>> participation_ratio(torch.ones(5)), participation_ratio(torch.tensor([3.0, 0.0]))
     (5.0, 1.0)
@@ -62,7 +62,7 @@ def participation_ratio(spectrum: Tensor) -> float:
 
 
 def effective_rank(spectrum: Tensor) -> float:
-    """Exponential of the entropy of the singular values' shares; never above the rank.
+    """Return the exponential of the entropy of the singular values' shares; never above the rank.
 
     >>> round(effective_rank(torch.ones(5)), 6)
     5.0
@@ -94,7 +94,7 @@ class Code:
 
 
 def code_of(activities: Tensor, noise: float = NOISE, bins: int = 32) -> Code:
-    """The numbers of one layer.
+    """Return the numbers of one layer.
 
     Args:
         activities: (samples, units).
@@ -152,7 +152,7 @@ def activities(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def coding(model: nn.Module, inputs: Tensor, noise: float = NOISE, bins: int = 32) -> dict[str, Code]:
-    """The code of every layer on a batch of inputs (samples, ...); see :func:`activities`.
+    """Return the code of every layer on a batch of inputs (samples, ...); see :func:`activities`.
 
     Raises:
         ConfigError: see :func:`code_of`.
@@ -165,7 +165,7 @@ def coding(model: nn.Module, inputs: Tensor, noise: float = NOISE, bins: int = 3
 
 
 def _rows(result: Tensor) -> Tensor:
-    """(batch, units), (batch, channels, *places) of maps, or (batch, tokens, units), as (samples, units)."""
+    """Return (batch, units), (batch, channels, *places) of maps, or (batch, tokens, units), as (samples, units)."""
     if result.dim() > 3:
         result = result.movedim(1, -1)
     return result.detach().double().cpu().reshape(-1, result.shape[-1])

@@ -10,7 +10,7 @@ from apical.diagnostics.synapses import aten, factors
 
 
 def of_operation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Multiply-adds of one operation; 0 if it is no product that sums (matrix products, convolutions, attention)."""
+    """Return the multiply-adds of one operation; 0 if it is no summing product (matrix product, convolution, attention)."""
     if func.overloadpacket in flop_registry:  # which counts two operations for each
         return int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)) // 2
     places = factors(func, args)
@@ -33,7 +33,7 @@ class _Counter(TorchDispatchMode):
 
 
 def multiply_adds(work: Callable[[], object]) -> int:
-    """Multiply-adds of `work()`, which is called once, its backward passes included.
+    """Return the multiply-adds of `work()`, which is called once, its backward passes included.
 
     >>> import torch
     >>> multiply_adds(lambda: torch.ones(2, 3) @ torch.ones(3, 5))

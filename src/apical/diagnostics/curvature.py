@@ -22,7 +22,7 @@ ENTRIES_AT_ONCE = 2**24
 
 
 def kernel_matrices(network: Network, parameters: Parameters, inputs: Tensor) -> Tensor:
-    """`J_W J_W^T` of each sample: (batch, n_L, n_L), by one vjp per output and sample."""
+    """Return `J_W J_W^T` of each sample: (batch, n_L, n_L), by one vjp per output and sample."""
 
     def one(sample: Tensor) -> Tensor:
         result = vjp(lambda p: network(p, sample[None]).flatten(), parameters)
@@ -38,7 +38,7 @@ def kernel_matrices(network: Network, parameters: Parameters, inputs: Tensor) ->
 
 
 def kernel_product(network: Network, parameters: Parameters, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """`z -> J_W J_W^T z` for each sample, (batch, n_L) -> (batch, n_L), as a jvp of a vjp."""
+    """Return `z -> J_W J_W^T z` for each sample, (batch, n_L) -> (batch, n_L), as a jvp of a vjp."""
 
     def one(sample: Tensor, z: Tensor) -> Tensor:
         def output(p: Parameters) -> Tensor:
@@ -66,7 +66,7 @@ def jacobian_rows(model: nn.Module, parameters: Sequence[Tensor], sample: Tensor
 def loss_curvature_product(
     output: Callable[[Parameters], Tensor], loss: Callable[[Tensor], Tensor], parameters: Parameters
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """`x -> J_W^T H J_W x` on flat vectors (parameters,), and the flat gradient `J_W^T dL/dr`."""
+    """Return `x -> J_W^T H J_W x` on flat vectors (parameters,), and the flat gradient `J_W^T dL/dr`."""
     result = vjp(output, parameters)
     bent = vjp(grad(loss), result[0])
     pullback, hessian = result[1], bent[1]

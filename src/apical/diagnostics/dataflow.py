@@ -41,7 +41,7 @@ NOTHING = Trace()
 
 
 def joined(traces: Iterable[Trace], steps: int, output: str) -> Trace:
-    """Trace of what an operation of `steps` products makes from tensors with these traces.
+    """Return the trace of what an operation of `steps` products makes from tensors with these traces.
 
     >>> error = joined([Trace(3, inputs=True, layers=frozenset({"last"})), Trace(targets=True)], 0, "last")
     >>> joined([error, Trace()], 1, "last").latest
@@ -91,11 +91,11 @@ class Dataflow(TorchDispatchMode):
         self._write(targets, Trace(targets=True))
 
     def trace(self, tensor: Tensor) -> Trace:
-        """Where the tensor comes from."""
+        """Return where the tensor comes from."""
         return self.traces.get(tensor.untyped_storage()._cdata, NOTHING)
 
     def made(self, tensor: Tensor) -> bool:
-        """Whether the step made the tensor, or wrote to it."""
+        """Return whether the step made the tensor, or wrote to it."""
         return tensor.untyped_storage()._cdata in self.traces
 
     def _write(self, tensor: Tensor, trace: Trace) -> None:
@@ -103,7 +103,7 @@ class Dataflow(TorchDispatchMode):
         self.alive.append(tensor)  # or its memory, the key, would be used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operation, and its trace."""
+        """Run the operation and trace it."""
         kwargs = kwargs or {}
         if func.__name__.startswith("_foreach_"):
             return self._each(func, args, kwargs)
@@ -132,7 +132,7 @@ class Dataflow(TorchDispatchMode):
         return result
 
     def _each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation on lists, counted separately for every place in them."""
+        """Run an operation on lists, counted separately for every place in them."""
         result = func(*args, **kwargs)
         lists = [value for value in args if isinstance(value, (list, tuple))]
         alone = [self.trace(value) for value in args if isinstance(value, Tensor)]
@@ -154,7 +154,7 @@ class Dataflow(TorchDispatchMode):
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Arguments that the operation writes to."""
+    """Return the arguments that the operation writes to."""
     written = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -166,7 +166,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 def recorded(
     rule: Any, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor, flipped: Collection[str] = ()
 ) -> Dataflow:
-    """The flow of one step of a rule, forward and backward; gradients are left in `.grad`, which is cleared before."""
+    """Return the flow of one step of a rule, forward and backward; `.grad` is cleared before and holds the gradients."""
     rule.zero_grad()
     flow = Dataflow(weights, inputs, targets, flipped)
     with flow:

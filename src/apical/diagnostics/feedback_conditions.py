@@ -24,7 +24,7 @@ __all__ = ["condition_one", "condition_three", "condition_two", "control_matrix"
 
 
 def condition_one(states: States, form: Literal["paper", "code"] = "paper") -> Tensor:
-    """Spread of the norms |r_0|..|r_{L-1}| around their mean: (batch,), 0 where Condition 1 holds.
+    """Return the spread of the norms |r_0|..|r_{L-1}| around their mean: (batch,), 0 where Condition 1 holds.
 
     Args:
         states: a pass through a chain.
@@ -42,7 +42,7 @@ def condition_one(states: States, form: Literal["paper", "code"] = "paper") -> T
 
 
 def condition_three(jacobian: Sequence[Tensor], feedback: Iterable[Tensor], alpha: float) -> Tensor:
-    """Margin `min Re eig(J Q) + alpha`: (batch,), positive where Condition 3 holds.
+    """Return the margin `min Re eig(J Q) + alpha`: (batch,), positive where Condition 3 holds.
 
     Args:
         jacobian: J_i, each (batch, n_L, n_i), at the controlled steady state (feed-forward for a weak nudge).
@@ -57,7 +57,7 @@ def condition_three(jacobian: Sequence[Tensor], feedback: Iterable[Tensor], alph
 def feedback_angles(
     jacobian: Sequence[Tensor], feedback: Iterable[Tensor], damping: float = 1.0, *, average: bool = False
 ) -> dict[str, Tensor]:
-    """Angles in degrees of Q to what it may converge to, all layers together.
+    """Return the angles in degrees of Q to what it may converge to, all layers together.
 
     Args:
         jacobian: J_i, each (batch, n_L, n_i).

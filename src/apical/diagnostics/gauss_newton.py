@@ -57,7 +57,7 @@ def gauss_newton_update(
     names: Collection[str] | None = None,
     dense_outputs: int = 64,
 ) -> Update:
-    """Damped Gauss-Newton update of batch size 1, averaged over the batch.
+    """Return the damped Gauss-Newton update of batch size 1, averaged over the batch.
 
     Args:
         model: any network that maps (batch, ...) to (batch, ...), each sample on its own in evaluation mode.
@@ -98,7 +98,7 @@ def gauss_newton_update(
 
 
 def _sample_by_sample(model: nn.Module, names: list[str], inputs: Tensor, delta: Tensor, damping: float) -> Update:
-    """The same from the Jacobian of one sample after the other."""
+    """Return the same from the Jacobian of one sample after the other."""
     own = dict(model.named_parameters())
     learned = {name: own[name] for name in names}
     flat = torch.zeros(sum(p.numel() for p in learned.values()), dtype=delta.dtype, device=delta.device)
@@ -118,7 +118,7 @@ def minimum_norm_update(
     damping: float = 0.1,
     difference: Literal["rate", "voltage"] = "rate",
 ) -> Update:
-    """Damped minimum-norm update of a chain, averaged over the batch.
+    """Return the damped minimum-norm update of a chain, averaged over the batch.
 
     Args:
         chain: the network as a chain of layers.
@@ -201,7 +201,7 @@ def gauss_newton_direction(
     tolerance: float = 1e-6,
     iterations: int = 1000,
 ) -> Update:
-    """Gauss-Newton change of the whole batch, `-(G + damping I)^-1 dL/dW`, by conjugate gradients.
+    """Return the Gauss-Newton change of the whole batch, `-(G + damping I)^-1 dL/dW`, by conjugate gradients.
 
     Args:
         model: any network; in evaluation mode it must treat the samples independently.
@@ -289,7 +289,7 @@ def minimum_norm_alignment(
 
 
 def requested_change(rule: CreditRule, inputs: Tensor, targets: Tensor) -> tuple[Update, Tensor]:
-    """Minus the gradients that the rule writes for its model in evaluation mode, by name, and minus each sample's error.
+    """Return minus the rule's gradients for its model in evaluation mode, by name, and minus each sample's error.
 
     The rule, its model, their gradients, buffers and random state are left as they were.
     """
@@ -351,7 +351,7 @@ def require_precision(values: Tensor) -> None:
 def _functional(
     model: nn.Module, names: Collection[str] | None
 ) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor], Tensor], Tensor]]:
-    """The chosen parameters, detached, and the network as a function of them: (parameters, inputs) -> (batch, n_L)."""
+    """Return the chosen parameters, detached, and the network as their function: (parameters, inputs) -> (batch, n_L)."""
     every = dict(model.named_parameters())
     if names is None:
         names = [name for name, parameter in every.items() if parameter.requires_grad]
@@ -371,7 +371,7 @@ def _functional(
 
 
 def _angles(model: nn.Module, change: Mapping[str, Tensor], target: Update) -> dict[str, float]:
-    """Angle per weighted layer and over everything, for the parameters that both updates have."""
+    """Return the angle per weighted layer and over everything, for the parameters that both updates have."""
     both = [name for name in target if name in change]
 
     def over(names: list[str]) -> float:

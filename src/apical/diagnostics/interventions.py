@@ -29,7 +29,7 @@ KINK = 1e-9
 
 
 def change(after: Tensor, before: Tensor) -> float:
-    """`|after - before| / |before|`; 0 where both are zero.
+    """Return `|after - before| / |before|`; 0 where both are zero.
 
     >>> change(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 0.0]))
     0.5
@@ -108,7 +108,7 @@ class Probe:
         return called
 
     def answer(self, inputs: Tensor) -> Tensor:
-        """The model's output, with what is drawn in every pass."""
+        """Return the model's output, with what is drawn in every pass."""
         with self._repeating(len(inputs)):
             output: Tensor = self.rule.model(inputs)
         require_rows("the audit", inputs, output)
@@ -132,21 +132,21 @@ class Probe:
     def responding(
         self, responses: Mapping[str, Tensor], after: Callable[[str, Tensor], Tensor] | None = None
     ) -> Responding:
-        """A mode in which layers respond with other weights, or otherwise, than everything else sees."""
+        """Return a mode in which layers respond with other weights, or otherwise, than everything else sees."""
         return Responding(self.weights, responses, after, self.flipped)
 
     def given(self) -> dict[str, list[Tensor]]:
-        """What each dense layer is given of the sample, rows (positions, n_in), one entry a response."""
+        """Return what each dense layer receives of the sample, rows (positions, n_in), one entry a response."""
         heard = self.listening()
         self._passes(heard, self.sample[0])
         return heard.calls
 
     def listening(self) -> Inputs:
-        """A mode that keeps what dense layers are given."""
+        """Return a mode that keeps what dense layers are given."""
         return Inputs({name: weight for name, weight in self.weights.items() if weight.dim() == 2}, self.flipped)
 
     def rows(self, updates: Updates) -> Updates:
-        """Updates of matrices as (n_out, n_in), however the model holds them."""
+        """Return the updates of matrices as (n_out, n_in), however the model holds them."""
         return {name: update.T if name in self.flipped else update for name, update in updates.items() if update.dim() == 2}
 
     @property
@@ -193,7 +193,7 @@ class Probe:
         mode: TorchDispatchMode | None = None,
         batch: tuple[Tensor, Tensor] | None = None,
     ) -> Updates:
-        """What the rule asks for.
+        """Return what the rule asks for.
 
         Args:
             before: changes the rule or its model in place, without gradient; undone afterwards.
@@ -214,7 +214,7 @@ class Probe:
             self._restore()
 
     def seen_otherwise(self, seen: Mapping[str, Tensor], also: Callable[[], object] | None = None) -> Updates:
-        """The updates where weights seem to be `seen` to all but the layers' own responses, which stay as they are."""
+        """Return the updates if weights seem to be `seen` to all but the layers' own responses, which stay as they are."""
         responses = {name: self.weights[name].detach().clone() for name in seen}
 
         def put() -> None:
@@ -245,13 +245,13 @@ def reads(probe: Probe, changed: Callable[[Tensor, torch.Generator], Tensor]) ->
 
 
 def other_signs(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the signs turned; magnitudes stay."""
+    """Return the weight with half of its signs turned; magnitudes stay."""
     flips = torch.randint(0, 2, weight.shape, generator=generator).to(weight)
     return weight * (2 * flips - 1)
 
 
 def other_magnitudes(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Magnitudes times random factors around 1 (log-normal, 0.5); signs stay."""
+    """Return magnitudes times random factors around 1 (log-normal, 0.5); signs stay."""
     return weight * torch.exp(0.5 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
 
 
@@ -334,22 +334,22 @@ def jumps(probe: Probe) -> dict[tuple[str, str], float]:
 
 
 def noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A tenth of its standard deviation of noise on every entry."""
+    """Return the weight with noise of a tenth of its standard deviation on every entry."""
     return tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
 
 def sparse(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the entries gone."""
+    """Return the weight with half of its entries set to zero."""
     return tensor * torch.randint(0, 2, tensor.shape, generator=generator).to(tensor)
 
 
 def quantised(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """One bit per entry: its sign, times the mean magnitude."""
+    """Return one bit per entry: its sign, times the mean magnitude."""
     return tensor.sign() * tensor.abs().mean()
 
 
 def with_other_feedback(probe: Probe, changed: Callable[[Tensor, torch.Generator], Tensor]) -> Updates:
-    """The updates where everything that carries feedback is changed: what the rule holds, and what it reads of weights."""
+    """Return the updates with all that carries feedback changed: what the rule holds, and what it reads of weights."""
     generator = torch.Generator().manual_seed(0)
     seen = {name: changed(weight.detach(), generator) for name, weight in probe.weights.items()}
 
@@ -361,7 +361,7 @@ def with_other_feedback(probe: Probe, changed: Callable[[Tensor, torch.Generator
 
 
 def synapses(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Weights between populations, and biases, by name: those of layers, and matrices of any other module that learns.
+    """Return weights between populations, and biases, by name: of layers, and matrices of other modules that learn.
 
     A layer's has the name of the layer, another module's its own, as `attention.in_proj_weight` or `lstm.weight_hh_l0`.
     """
@@ -380,7 +380,7 @@ def synapses(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | No
 
 
 def _can_change(tensor: Tensor) -> bool:
-    """Whether it is more than one number, each with its own place."""
+    """Return whether a tensor holds more than one number, each with its own place."""
     return tensor.is_floating_point() and tensor.numel() > 1 and 0 not in tensor.stride()
 
 

@@ -66,18 +66,18 @@ class Plane:
     explained: tuple[float, float] | None = None
 
     def points(self, coordinates: Tensor) -> Tensor:
-        """Weights (n, P) at coordinates (n, 2)."""
+        """Return the weights (n, P) at coordinates (n, 2)."""
         return self.origin + coordinates.to(self.axes) @ self.axes
 
     def coordinates(self, points: Tensor) -> Tensor:
-        """Coordinates (n, 2) of the plane's nearest points to the weights (n, P)."""
+        """Return the coordinates (n, 2) of the plane's nearest points to the weights (n, P)."""
         # (A A^T)^-1 A (w - w_0), for axes A (2, P) that need not be orthonormal
         along = torch.stack([self.axes @ (point.to(self.origin) - self.origin) for point in points])
         solved: Tensor = torch.linalg.solve(self.axes @ self.axes.T, along.T)
         return solved.T
 
     def distances(self, points: Tensor) -> Tensor:
-        """Euclidean distances (n,) of the weights (n, P) from the plane."""
+        """Return the Euclidean distances (n,) of the weights (n, P) from the plane."""
         nearest = self.coordinates(points)
         gaps = [(point.to(self.origin) - self.points(at)).norm() for point, at in zip(points, nearest, strict=True)]
         return torch.stack(gaps)
@@ -100,12 +100,12 @@ class Barrier(NamedTuple):
 
 
 def flat(model: nn.Module) -> Tensor:
-    """A copy of all parameters as one vector (P,)."""
+    """Return a copy of all parameters as one vector (P,)."""
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def principal_plane(trajectories: Sequence[Tensor]) -> Plane:
-    """The plane through the mean of all snapshots along their first two principal components, which are orthonormal.
+    """Return the plane through the mean of all snapshots along their first two principal components, which are orthonormal.
 
     Each axis points the way in which the first trajectory ends from its start.
 
@@ -140,14 +140,14 @@ def principal_plane(trajectories: Sequence[Tensor]) -> Plane:
 
 
 def _centred(trajectories: Sequence[Tensor], first: int) -> tuple[Tensor, Tensor]:
-    """Some columns of all snapshots without their mean, and the mean."""
+    """Return some columns of all snapshots without their mean, and the mean."""
     stacked = torch.cat([snapshots[:, first : first + _COLUMNS] for snapshots in trajectories]).double()
     mean = stacked.mean(0)
     return stacked - mean, mean
 
 
 def random_plane(model: nn.Module, generator: torch.Generator) -> Plane:
-    """The plane through the model's weights along two filter-normalised random directions; 1 is as long as the filters are.
+    """Return the plane through the weights along two filter-normalised random directions; 1 is the filters' length.
 
     Args:
         generator: on the CPU.
@@ -164,7 +164,7 @@ def random_plane(model: nn.Module, generator: torch.Generator) -> Plane:
 
 @torch.no_grad()
 def filter_normalised(model: nn.Module, generator: torch.Generator) -> Tensor:
-    """A Gaussian direction (P,) with the norms of the model's filters; zero in biases, in norms and where nothing learns."""
+    """Return a Gaussian direction (P,) with the filters' norms; zero in biases, in norms and where nothing learns."""
     owners = {parameter: module for module in model.modules() for parameter in module.parameters(recurse=False)}
     parts = []
     for parameter in model.parameters():
@@ -178,7 +178,7 @@ def filter_normalised(model: nn.Module, generator: torch.Generator) -> Tensor:
 
 
 def _filter_norms(owner: nn.Module, weight: Tensor) -> Tensor:
-    """The norm of each weight's filter, in the weight's shape."""
+    """Return the norm of each weight's filter, in the weight's shape."""
     shape = (len(weight), 1, -1, 1)  # an output, what leads to it
     if isinstance(owner, _TRANSPOSED):  # (in, out / groups, ...), the inputs of each group together
         shape = (owner.groups, len(weight) // owner.groups, weight.shape[1], -1)
@@ -193,7 +193,7 @@ def _filter_norms(owner: nn.Module, weight: Tensor) -> Tensor:
 def losses_at(
     model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor, *, batch: int = BATCH, vectorise: bool | None = None
 ) -> Losses:
-    """The loss of `model` on fixed samples as a function of its weights.
+    """Return the loss of `model` on fixed samples as a function of its weights.
 
     Networks of one call are evaluated together (`torch.func.vmap`) where that is quicker: mind the memory
     (:func:`points_at_once`). Models with running statistics are evaluated one by one, see the module's docstring.
@@ -255,7 +255,7 @@ def _own_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def points_at_once(model: nn.Module, inputs: Tensor, batch: int = BATCH) -> int:
-    """How many networks to evaluate together so that weights and the widest layer's activations stay in bounds."""
+    """Return how many networks to evaluate together so that weights and the widest layer's activations stay in bounds."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     floats = FLOATS_AT_ONCE.get(inputs.device.type, FLOATS_AT_ONCE["cpu"])
     return max(1, floats // (weights + _widest(model, inputs, batch)))
@@ -263,7 +263,7 @@ def points_at_once(model: nn.Module, inputs: Tensor, batch: int = BATCH) -> int:
 
 @torch.no_grad()
 def _widest(model: nn.Module, inputs: Tensor, batch: int) -> int:
-    """Entries in the largest output of a module, in a forward pass of `batch` of the inputs."""
+    """Return the entries in the largest output of a module, in a forward pass of `batch` of the inputs."""
     widest = 0
 
     def look(module: nn.Module, args: object, output: object) -> None:
@@ -281,18 +281,18 @@ def _widest(model: nn.Module, inputs: Tensor, batch: int) -> int:
 
 
 def surface(losses: Losses, plane: Plane, x: Tensor, y: Tensor, chunk: int = 16) -> Tensor:
-    """Loss on the grid of `x` (n,) and `y` (m,): (m, n), float64, `chunk` points at a time."""
+    """Return the loss on the grid of `x` (n,) and `y` (m,): (m, n), float64, `chunk` points at a time."""
     grid = torch.cartesian_prod(y.double(), x.double()).flip(1)
     return torch.cat([losses(plane.points(part)) for part in grid.split(chunk)]).view(len(y), len(x))
 
 
 def losses_along(losses: Losses, trajectory: Tensor, chunk: int = 16) -> Tensor:
-    """Loss (n,) at the weights (n, P) themselves, `chunk` at a time."""
+    """Return the loss (n,) at the weights (n, P) themselves, `chunk` at a time."""
     return torch.cat([losses(part) for part in trajectory.split(chunk)])
 
 
 def barrier(losses: Losses, start: Tensor, end: Tensor, steps: int = 40, chunk: int = 16) -> Barrier:
-    """What the straight line from `start` to `end`, both (P,), has above the linear interpolation of its ends' losses.
+    """Return how far losses on the line from `start` to `end`, both (P,), rise above their linear interpolation.
 
     Frankle, Dziugaite, Roy and Carbin, "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020 (arXiv
     1912.05671), compare with the mean of the ends; against the interpolation no line that only descends has a barrier.
@@ -312,7 +312,7 @@ def barrier(losses: Losses, start: Tensor, end: Tensor, steps: int = 40, chunk: 
 
 
 def travelled(trajectory: Tensor) -> float:
-    """Length of the polygon through the snapshots (n, P); a lower bound for the path between them."""
+    """Return the length of the polygon through the snapshots (n, P); a lower bound for the path between them."""
     return math.fsum(float((b.double() - a.double()).norm()) for a, b in itertools.pairwise(trajectory))
 
 

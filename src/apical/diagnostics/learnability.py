@@ -128,7 +128,7 @@ def rule_updates(rule: CreditRule, inputs: Tensor, outputs: int) -> Tensor:
 
 
 def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = None) -> Learnability:
-    """The spectrum of a model on a batch of inputs, and of a rule's kernel on it.
+    """Return the spectrum of a model on a batch of inputs, and of a rule's kernel on it.
 
     Memory is `samples x outputs x parameters`; a few samples show the head of the spectrum.
 
@@ -164,12 +164,12 @@ def learnability(model: nn.Module, inputs: Tensor, rule: CreditRule | None = Non
 
 
 def numerical_rank(values: Tensor, longest: int) -> int:
-    """How many singular values are above what rounding makes of zero, `longest` times the precision times the largest."""
+    """Return the number of singular values above rounding, which is `longest` times the precision times the largest."""
     return int((values > values.max() * longest * torch.finfo(values.dtype).eps).sum())
 
 
 def rank_by_width(build: Callable[[int], nn.Module], widths: Sequence[int], inputs: Tensor) -> dict[int, int]:
-    """Rank of J_W for networks of several widths on the same inputs; it stops to grow where the inputs are exhausted.
+    """Return the rank of J_W for networks of several widths on the same inputs; it stops growing where these are exhausted.
 
     >>> rank_by_width(lambda h: nn.Sequential(nn.Linear(2, h), nn.Tanh(), nn.Linear(h, 1)), (1, 2), torch.randn(50, 2))
     {1: 5, 2: 9}
@@ -178,7 +178,7 @@ def rank_by_width(build: Callable[[int], nn.Module], widths: Sequence[int], inpu
 
 
 def smallest_width(rank: int, dimension: int) -> int:
-    """The least width h of a network d-h-d whose parameters can have this rank: `ceil((rank - d) / (2 d + 1))`.
+    """Return the least width h of a network d-h-d whose parameters can have this rank: `ceil((rank - d) / (2 d + 1))`.
 
     A bound by counting; networks may need more.
 

@@ -31,13 +31,13 @@ class _Ledger(TorchDispatchMode):
         return result
 
     def living(self) -> dict[int, tuple[StorageWeakRef, int]]:
-        """The storages that are alive, and their sizes."""
+        """Return the storages that are alive, and their sizes."""
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         return self.live
 
 
 def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Largest number of bytes held at one time by tensors that `work()` creates.
+    """Return the largest number of bytes held at one time by tensors that `work()` creates.
 
     What single operations use inside and free before they return is not seen.
 
@@ -56,7 +56,7 @@ def peak_bytes(work: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
 
 
 def held_bytes(rule: Any, inputs: Any, targets: Any) -> int:
-    """Bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
+    """Return the bytes that a rule holds between its call and the backward pass, beyond model, rule and batch."""
     with unchanged(rule):
         ledger = _Ledger([*rule.parameters(), *rule.buffers(), *_tensors_in(inputs, targets)])
         with ledger:
@@ -67,12 +67,12 @@ def held_bytes(rule: Any, inputs: Any, targets: Any) -> int:
 
 
 def step_bytes(rule: Any, inputs: Any, targets: Any) -> int:
-    """Peak bytes of one forward and backward pass of a rule beyond model, rule and batch; gradients are counted."""
+    """Return the peak bytes of one forward and backward pass of a rule beyond model, rule and batch, with gradients."""
     with unchanged(rule):
         tensors = [*rule.parameters(), *rule.buffers(), *_tensors_in(inputs, targets)]
         return peak_bytes(lambda: rule.accumulate(inputs, targets), tensors)
 
 
 def _tensors_in(*values: Any) -> list[Tensor]:
-    """Those in dicts and tuples, too."""
+    """Return the tensors in a value, also those in dicts and tuples."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

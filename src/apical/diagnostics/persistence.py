@@ -30,7 +30,7 @@ ENTRIES_AT_ONCE = 2**24
 
 
 def tree_weights(edges: Matrix) -> Matrix:
-    """Edge weights of a maximum spanning tree of a complete bipartite graph, from large to small.
+    """Return the edge weights of a maximum spanning tree of a complete bipartite graph, from large to small.
 
     Prim's algorithm on the dense matrix, in O((rows + columns)^2).
 
@@ -59,7 +59,7 @@ def tree_weights(edges: Matrix) -> Matrix:
 
 
 def neural_persistence(edges: Matrix, essential: bool = False) -> float:
-    """Normalised 2-norm of the persistence of a layer's components, between 0 and 1.
+    """Return the normalised 2-norm of the persistence of a layer's components, between 0 and 1.
 
     Args:
         edges: (rows, columns), absolute weights over the largest one of the network.
@@ -73,7 +73,7 @@ def neural_persistence(edges: Matrix, essential: bool = False) -> float:
 
 
 def strongest_paths(a: Matrix, b: Matrix) -> Matrix:
-    """The (max, min) product: (rows, inner) and (inner, columns) -> (rows, columns), `max_k min(a_ik, b_kj)`.
+    """Return the (max, min) product: (rows, inner) and (inner, columns) -> (rows, columns), `max_k min(a_ik, b_kj)`.
 
     >>> strongest_paths(np.array([[3.0, 1.0]]), np.array([[2.0], [9.0]]))
     array([[2.]])
@@ -86,7 +86,7 @@ def strongest_paths(a: Matrix, b: Matrix) -> Matrix:
 
 
 def standardised(weights: Sequence[Matrix]) -> list[Matrix]:
-    """`|(W - mean) / std|` of each layer (population std), all divided by their largest entry; zero where W is constant."""
+    """Return each layer's `|(W - mean) / std|` (population std), all divided by their largest entry; zero for constant W."""
     z = [np.abs(w - w.mean()) / (w.std() or 1.0) for w in weights]
     largest = max(float(layer.max()) for layer in z) or 1.0
     return [layer / largest for layer in z]
@@ -135,7 +135,7 @@ class Persistence:
 
 
 def persistence(model: nn.Module, shuffles: int = 5, seed: int = 0, essential: bool = False) -> Persistence:
-    """Persistence of a model's weights, and of the same weights shuffled within their layers.
+    """Return the persistence of a model's weights, and of the same weights shuffled within their layers.
 
     Args:
         model: any network; of convolutions each output channel is a row. Matrices of other modules (recurrent ones,

@@ -424,5 +424,5 @@ CRITERIA: list[Criterion] = [
 
 
 def judge(found: Findings) -> dict[str, Verdict]:
-    """A verdict for every criterion, by its key."""
+    """Return a verdict for every criterion, by its key."""
     return {criterion.key: criterion.judge(found) for criterion in CRITERIA}

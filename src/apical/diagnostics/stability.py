@@ -47,7 +47,7 @@ __all__ = [
 def system_matrix(
     chain: Chain, states: States, feedback: Iterable[Tensor], *, alpha: float, k_p: float, tau: float, leak: Leak = "code"
 ) -> Tensor:
-    """The matrix A of the linearised loop, state (v_1, ..., v_L, u_int).
+    """Return the matrix A of the linearised loop, state (v_1, ..., v_L, u_int).
 
     Args:
         chain: the network.
@@ -87,7 +87,7 @@ def step_matrix(
     proactive: bool = True,
     instant_transmission: bool = True,
 ) -> Tensor:
-    """One Euler step of the simulated loop, linearised: state (v_1, ..., v_L, u_int, u), all deviations.
+    """Return one Euler step of the simulated loop, linearised: state (v_1, ..., v_L, u_int, u), all deviations.
 
     Controller first, e = -C v; then the layers in ascending order:
 
@@ -139,13 +139,13 @@ def step_matrix(
 
 
 def largest_real_part(matrix: Tensor) -> Tensor:
-    """`max Re eig` of each matrix: (..., n, n) -> (...); negative where the continuous loop is stable."""
+    """Return `max Re eig` of each matrix: (..., n, n) -> (...); negative where the continuous loop is stable."""
     largest: Tensor = torch.linalg.eigvals(matrix).real.amax(-1)
     return largest
 
 
 def spectral_radius(matrix: Tensor) -> Tensor:
-    """`max |eig|` of each matrix: (..., n, n) -> (...); below 1 where the discrete loop is stable."""
+    """Return `max |eig|` of each matrix: (..., n, n) -> (...); below 1 where the discrete loop is stable."""
     radius: Tensor = torch.linalg.eigvals(matrix).abs().amax(-1)
     return radius
 

@@ -75,7 +75,7 @@ class Weights:
         return None
 
     def uses(self, func: Any, args: tuple[Any, ...]) -> list[Use]:
-        """The weights that `func(*args)` multiplies."""
+        """Return the weights that `func(*args)` multiplies."""
         packet = func.overloadpacket
         uses = []
         for side, place in enumerate(factors(func, args)):
@@ -107,7 +107,7 @@ def _transposed(factor: Tensor, weight: Tensor) -> bool:
 
 
 def viewed(other: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """The same view of `other` as `factor` is of `weight`: a block of rows, its transpose, a repetition along new axes.
+    """Return the view of `other` that `factor` is of `weight`: a block of rows, a transpose, a repetition on new axes.
 
     >>> weight, other = torch.zeros(6, 2), torch.arange(12.0).view(6, 2)
     >>> viewed(other, weight.chunk(3)[1].T, weight)
@@ -141,7 +141,7 @@ class Responding(TorchDispatchMode):
         self.weights, self.responses, self.after = Weights(weights, flipped), responses, after
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operation, with the responding weight in place of the one it was given."""
+        """Run the operation with the responding weight in place of the one it was given."""
         uses = [use for use in self.weights.uses(func, args) if use.forward]
         for use in uses:
             if use.name in self.responses:
@@ -175,7 +175,7 @@ class Inputs(TorchDispatchMode):
         self.blocks: dict[tuple[str, int, torch.Size], Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The operation itself."""
+        """Run the operation itself."""
         for use in self.weights.uses(func, args):
             if not use.forward:
                 self.backwards[use.name] = self.backwards.get(use.name, 0) + 1

@@ -14,13 +14,13 @@ Setting = tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tensor]]]
 
 
 def make(factory: Factory, network: Callable[[], nn.Module] = dense_network, seed: int = 0) -> CreditRule:
-    """The rule on a network drawn from the seed, with the cross-entropy."""
+    """Return the rule on a network drawn from the seed, with the cross-entropy."""
     torch.manual_seed(seed)
     return factory(network(), F.cross_entropy)
 
 
 def gradients(rule: nn.Module) -> dict[str, Tensor]:
-    """Copies of all `.grad` that are there, by parameter name."""
+    """Return copies of all `.grad` that are there, by parameter name."""
     return {name: p.grad.clone() for name, p in rule.named_parameters() if p.grad is not None}
 
 

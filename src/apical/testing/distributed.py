@@ -40,14 +40,14 @@ def check_distributed(factory: Factory) -> None:
 
 
 def _learned(rule: CreditRule) -> dict[str, Tensor]:
-    """What a rule has learned, in whatever form one process or several keep it: the model, the feedback, other buffers."""
+    """Return what a rule has learned, in whatever form one process or several keep it: model, feedback, other buffers."""
     model = {f"model.{name}": value for name, value in rule.model.state_dict().items()}
     feedback = {f"feedback of {name}": value for name, value in rule.feedback_weights().items()}
     return {**({} if feedback else rule.state_dict()), **model, **feedback}
 
 
 def _rank(rank: int, factory: Factory) -> dict[str, Tensor]:
-    """What is learned after some steps on this rank's share of the batches."""
+    """Return what is learned after some steps on this rank's share of the batches."""
     torch.manual_seed(0)
     rule = factory(dense_network(), F.cross_entropy)
     torch.manual_seed(1)

@@ -12,7 +12,7 @@ from apical.core.packed import Part
 
 
 def effective_weight(layer: nn.Module) -> Tensor | None:
-    """The weight in the layout of the layer's own that `layer(x) - layer(0)` multiplies x with; None where none is found.
+    """Return the weight, in the layer's layout, by which `layer(x) - layer(0)` multiplies x; None if none is found.
 
     Layers that apply their weight as it is are read; other dense layers and convolutions are probed with impulses.
     """

@@ -180,7 +180,7 @@ def check_signals_differ(trial: Trial) -> str:
 
 
 def effective_weights(trial: Trial, rule: EdgeRule) -> dict[str, Tensor]:
-    """The effective weight of each layer that has feedback.
+    """Return the effective weight of each layer that has feedback.
 
     Raises:
         NotApplicableError: a layer applies no fixed matrix that could be measured.
@@ -242,7 +242,7 @@ def _with_signals(trial: Trial, rule: CutRule, on: list[int]) -> Gradients:
 
 
 def _output_error(trial: Trial, credit: Credit) -> Tensor | None:
-    """The gradient of the loss at the output's one tensor, of its shape; None where it holds several."""
+    """Return the gradient of the loss at the output's one tensor, of its shape; None where it holds several."""
     if len(tensors(credit._output)) != 1:
         return None
     return output_errors(trial.rule.loss, credit._output, trial.targets)[1][0]
@@ -256,7 +256,7 @@ def _number_of_units(trial: Trial, rule: CutRule) -> int:
 
 
 def _plainly(outer: CreditRule, rule: CutRule, roots: list[Tensor], inputs: Any, targets: Any) -> Credit:
-    """A credit of `outer`, which is the rule or around it, whose roots are the outputs of units."""
+    """Return a credit of `outer`, which is the rule or around it, whose roots are the outputs of units."""
     with undisturbed(outer.model):
         outer(inputs, targets)  # so that this order of calls was seen
     torch.manual_seed(0)
@@ -299,7 +299,7 @@ def _require_other(trial: Trial, names: set[str], why: str) -> None:
 
 
 def _tied(model: nn.Module) -> set[str]:
-    """Names of the parameters that several modules hold, or that a model may look up and multiply with."""
+    """Return the names of the parameters that several modules hold, or that a model may look up and multiply with."""
     modules = list(dict.fromkeys(model.modules()))
     uses = Counter(id(q) for module in modules for q in module._parameters.values() if q is not None)
     uses.update(id(q) for module in modules if is_local(module) for q in module.parameters() if q.dim() > 1)

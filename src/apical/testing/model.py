@@ -292,7 +292,7 @@ def _other_batch(trial: Trial, batch: tuple[Any, Any], what: str) -> None:
 
 
 def _turn(trial: Trial, make: Callable[[], Gradients], lower: Callable[[], Gradients]) -> tuple[float, float]:
-    """Degrees between two updates, and how many are allowed: 8, or twice the worst of four draws of rounding, to 90."""
+    """Return degrees between two updates, and how many are allowed: 8, or twice the worst of four roundings, to 90."""
     usual = make()
     turned, allowed = _angle(lower(), usual), 8.0
     if turned > allowed:
@@ -303,7 +303,7 @@ def _turn(trial: Trial, make: Callable[[], Gradients], lower: Callable[[], Gradi
 
 
 def _angle(a: Gradients, b: Gradients) -> float:
-    """Between two updates, in degrees; 180 where one of them is zero or not finite."""
+    """Return the angle between two updates, in degrees; 180 where one of them is zero or not finite."""
     dot, first, second = 0.0, 0.0, 0.0
     for name in a.keys() & b.keys():
         x, y = a[name].double().flatten(), b[name].double().flatten()

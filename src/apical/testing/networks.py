@@ -16,7 +16,7 @@ class _Block(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, c_in, h, w) -> (batch, c_out, h/stride, w/stride)."""
+        """Map (batch, c_in, h, w) to (batch, c_out, h/stride, w/stride)."""
         hidden = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
         result: Tensor = self.relu2(hidden + self.shortcut(x))
         return result

@@ -84,7 +84,7 @@ def check_odd_network(factory: Factory, kinds: Sequence[str], activation: str = 
 
 
 def quotes(text: str, names: Iterable[str]) -> bool:
-    """Whether a text has one of the modules, or a parameter of one, in quotation marks.
+    """Return whether a text has one of the modules, or a parameter of one, in quotation marks.
 
     >>> quotes("layer 'a.b' is odd", ["a.b"]), quotes("parameter 'a.w' is odd", ["a"]), quotes("layer ab is odd", ["ab"])
     (True, True, False)
@@ -94,7 +94,7 @@ def quotes(text: str, names: Iterable[str]) -> bool:
 
 
 def _number(factory: Any) -> int:
-    """A number that is the same for the same rule and options in every process."""
+    """Return a number that is the same for the same rule and options in every process."""
     kind = getattr(factory, "func", factory)
     options = sorted((getattr(factory, "keywords", None) or {}).items())
     return crc32(f"{getattr(kind, '__qualname__', '')}{options}".encode())

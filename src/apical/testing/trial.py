@@ -22,7 +22,7 @@ Gradients = dict[str, Tensor]
 
 
 def direct(credit: Credit) -> None:
-    """`credit.backward()`."""
+    """Call `credit.backward()`."""
     credit.backward()
 
 
@@ -80,14 +80,14 @@ class Trial:
         backward: Callable[[Credit], None] = direct,
         rule: Callable[..., Credit] | None = None,
     ) -> Gradients:
-        """Gradients that one step of the rule makes in the model."""
+        """Return the gradients that one step of the rule makes in the model."""
         with self.sandbox():
             subject = self.rule if rule is None else rule
             backward(subject(self.inputs, self.targets))
             return self.collected()
 
     def exact(self) -> Gradients:
-        """Gradients of the model's own loss by backpropagation, without the rule; of attention, what the rule keeps."""
+        """Return the gradients of the model's own loss by backpropagation; of attention, only those that the rule keeps."""
         attention = self.rule.attention
         attending = nullcontext() if attention == "exact" else Attending(attention, self.model, looks=False)
         with self.sandbox(), attending:
@@ -95,7 +95,7 @@ class Trial:
             return self.collected()
 
     def perturbed(self, make: Callable[[], Gradients], size: float, seed: int) -> Gradients:
-        """What `make` hands back where each parameter and input is off by up to `size` of itself, at random."""
+        """Return what `make` returns if each parameter and input is off by up to `size` of itself, at random."""
         generator = torch.Generator().manual_seed(seed)
 
         def off(x: Any) -> Any:
@@ -117,12 +117,12 @@ class Trial:
                 self.inputs = inputs
 
     def loss(self, output: Any) -> Tensor:
-        """The rule's loss of an output."""
+        """Return the rule's loss of an output."""
         value: Tensor = self.rule.loss(output, self.targets)
         return value
 
     def takes(self, inputs: Any, targets: Any) -> bool:
-        """Whether model and loss by themselves take a batch."""
+        """Return whether model and loss by themselves take a batch."""
         try:
             with self.sandbox():
                 self.rule.loss(self.model(inputs), targets)
@@ -131,7 +131,7 @@ class Trial:
         return True
 
     def collected(self) -> Gradients:
-        """Copies of the gradients that are in the model now."""
+        """Return copies of the gradients that are in the model now."""
         grads = {name: q.grad for name, q in self.model.named_parameters() if q.grad is not None}
         return {name: (grad.to_dense() if grad.is_sparse else grad).detach().clone() for name, grad in grads.items()}
 
@@ -152,7 +152,7 @@ class Trial:
             return self.rule.placement(self.inputs)
 
     def path(self, parameter: str) -> str:
-        """Path of the row whose module holds the parameter; "" where none does."""
+        """Return the path of the row whose module holds the parameter; "" where none does."""
         rows = [row for row in self.placement if parameter.startswith(f"{row.layer}." if row.layer else "")]
         return max(rows, key=lambda row: len(row.layer)).path if rows else ""
 
@@ -185,7 +185,7 @@ class Trial:
         )
 
     def below(self, layer: nn.Module) -> set[str]:
-        """Names of the parameters that the layer's input depends on; of a part, also those of its module."""
+        """Return the names of the parameters that the layer's input depends on; of a part, also those of its module."""
         inputs: list[Tensor] = []
         module = caller(layer)
         own = {id(parameter) for parameter in module.parameters()} if isinstance(layer, Part) else set()
@@ -199,7 +199,7 @@ class Trial:
             return set(self.collected()) | within
 
     def through(self, layer: nn.Module) -> set[str]:
-        """Names of the parameters that the loss depends on through this layer's input alone, as far as is known.
+        """Return the names of the parameters that the loss depends on through this layer's input alone, as far as is known.
 
         Weights that are zero, as a new residual branch may begin, stop no error that goes by feedback: they count as others.
         """
@@ -224,12 +224,12 @@ class Trial:
         return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
 
     def shows(self, name: str) -> bool:
-        """Whether a change of a parameter's usual gradient by as much as itself would be seen by :meth:`far`."""
+        """Return whether a change of a parameter's usual gradient by as much as itself would be seen by :meth:`far`."""
         grad = self.usual.get(name)
         return grad is not None and bool(self.far({name: 2 * grad}, self.usual, {name}))
 
     def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
-        """Parameters on which two sets of gradients differ by more than rounding, and by how much, relative to b's."""
+        """Return parameters on which two sets of gradients differ by more than rounding, and how much, relative to b's."""
         scale = _largest(b)
         result = {}
         for name in names if names is not None else a.keys() | b.keys():
@@ -307,6 +307,6 @@ def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 
 def _detached_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The input alone, and not the state, of a recurrent module."""
+    """Return the input alone, and not the state, of a recurrent module."""
     first, named = _detached(args[:1], {name: value for name, value in kwargs.items() if name == "input"})
     return (*first, *args[1:]), {**kwargs, **named}
