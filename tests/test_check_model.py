@@ -450,15 +450,18 @@ def test_branches_that_hardly_count_accuse_nobody(scale: float) -> None:
     assert report.passed["zero feedback"] == "5 layers"
 
 
+@pytest.mark.parametrize("dtype", [torch.float, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(6))
-def test_a_gradient_that_is_rounding_alone_is_no_fault(seed: int) -> None:
+def test_a_gradient_that_is_rounding_alone_is_no_fault(seed: int, dtype: torch.dtype) -> None:
     """A bias before a batch normalisation: its error sums to zero, and what is left differs from step to step."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         *(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3)),
-    )
-    inputs, targets = torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    ).to(dtype)
+    inputs, targets = torch.randn(8, 3, 8, 8).to(dtype), torch.randint(3, (8,))
     for rule in (apical.Backprop(model), apical.FeedbackAlignment(model)):
         check_model(rule, inputs, targets, skip=["compiled"])
         rule.detach()
+    with pytest.raises(AssertionError, match="changes nothing below it"):
+        check_model(SilentBackprop(model), inputs, targets, skip=["compiled"])

@@ -1,4 +1,4 @@
-"""What people's loops do to states, gradients and feedback beside the usual order of calls.
+"""What people's loops do to states, gradients and feedback in addition to the usual order of calls.
 
 The explicit form, in which R is a parameter like any other, is the reference for the default one.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from plastic_rules import RULES, double, each_rule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,19 +21,7 @@ import apical
 from apical.core import stepping
 from apical.errors import ConfigError, UnsupportedModelError
 
-RULES: dict[str, Callable[..., Any]] = {
-    "kp": apical.KolenPollack,
-    "pfa": partial(apical.ProductFeedbackAlignment, expansion=2),
-    "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal"),
-}
-each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-
-
-@pytest.fixture(autouse=True)
-def _double() -> object:
-    torch.set_default_dtype(torch.double)
-    yield
-    torch.set_default_dtype(torch.float)
+__all__ = ["double"]
 
 
 def build(make: Callable[..., Any], form: str = "auto") -> Any:

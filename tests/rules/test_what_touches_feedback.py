@@ -1,4 +1,4 @@
-"""Loops that read or write all of `rule.parameters()` beside the optimiser: feedback in closed form takes part in that.
+"""Loops that read or write all of `rule.parameters()` besides the optimiser: feedback in closed form takes part in that.
 
 The explicit form, in which R is a parameter like any other, is the reference.
 """
@@ -8,11 +8,11 @@ import io
 import pickle
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from plastic_rules import RULES, double, each_rule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -20,19 +20,7 @@ import apical
 from apical.diagnostics.memory import step_bytes
 from apical.errors import ConfigError
 
-RULES: dict[str, Callable[..., Any]] = {
-    "kp": apical.KolenPollack,
-    "pfa": partial(apical.ProductFeedbackAlignment, expansion=2),
-    "pfa-o": partial(apical.ProductFeedbackAlignment, feedback="orthogonal"),
-}
-each_rule = pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-
-
-@pytest.fixture(autouse=True)
-def _double() -> object:
-    torch.set_default_dtype(torch.double)
-    yield
-    torch.set_default_dtype(torch.float)
+__all__ = ["double"]
 
 
 def build(make: Callable[..., Any], form: str) -> Any:

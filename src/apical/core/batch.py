@@ -191,7 +191,7 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def container_limits(files: Iterable[str] = CGROUPS) -> list[int]:
-    """The bytes that the container of this process may use: none where there is no container or no limit."""
+    """Return how many bytes the container of this process may use: empty if there is no container or no limit."""
     texts = [path.read_text().strip() for path in map(Path, files) if path.is_file()]
     return [int(text) for text in texts if text.isdecimal()]
 

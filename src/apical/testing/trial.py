@@ -224,9 +224,9 @@ class Trial:
         return {name for name, grad in self.backprop.items() if bool(grad.any())} - others
 
     def shows(self, name: str) -> bool:
-        """Return whether a change of a parameter's usual gradient by as much as itself would be seen by :meth:`far`."""
+        """Return whether a change of a parameter's usual gradient by a quarter of itself would be seen by :meth:`far`."""
         grad = self.usual.get(name)
-        return grad is not None and bool(self.far({name: 2 * grad}, self.usual, {name}))
+        return grad is not None and bool(self.far({name: 1.25 * grad}, self.usual, {name}))
 
     def far(self, a: Gradients, b: Gradients, names: Mapping[str, Any] | set[str] | None = None) -> dict[str, float]:
         """Return parameters on which two sets of gradients differ by more than rounding, and how much, relative to b's."""
